@@ -1,0 +1,119 @@
+"""Show what a pre-trained masked autoencoder reconstructs.
+
+    python main_visualize.py --checkpoint output_dir/checkpoint-last.pth --images cat.jpg dog.jpg
+    python main_visualize.py --checkpoint output_dir/checkpoint-last.pth --data_path DIR
+
+Writes a grid with one row an image: the original, what the encoder sees, the reconstruction, and
+the reconstruction with the visible patches pasted in.
+"""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+import models_mae
+from util import cli, data, distributed, visualize
+from util.checkpoint import load_checkpoint
+from util.errors import UserError
+
+
+def get_args_parser():
+    parser = cli.ArgumentParser(description=__doc__)
+    parser.add_argument("--checkpoint", required=True, metavar="FILE", help="a pre-trained model")
+    images = parser.add_mutually_exclusive_group(required=True)
+    images.add_argument("--images", nargs="+", metavar="FILE", help="image files to show")
+    images.add_argument(
+        "--data_path", metavar="DIR", help="choose images from DIR/val, DIR/train or DIR"
+    )
+    parser.add_argument(
+        "--num_images", type=cli.integer(1), default=8, help="images to choose from --data_path"
+    )
+    parser.add_argument(
+        "--output", default="recon.png", metavar="FILE", help="the picture to write"
+    )
+    parser.add_argument(
+        "--mask_ratio", type=cli.number(), help="if not given, the one of the pre-training"
+    )
+    parser.add_argument(
+        "--seed", type=cli.integer(0), default=0, help="of the masks and the choice"
+    )
+    cli.add_device_flag(parser)
+    unsaid = parser.add_argument_group(
+        "For checkpoints that hold weights alone", "ours say all of this themselves"
+    )
+    unsaid.add_argument("--model", metavar="NAME", help="name of the model")
+    cli.add_input_size_flag(unsaid, default=None)
+    unsaid.add_argument(
+        "--norm_pix_loss", action="store_true", default=None, help="it predicts normalised pixels"
+    )
+    unsaid.add_argument("--no_norm_pix_loss", action="store_false", dest="norm_pix_loss")
+    return parser
+
+
+def main(args):
+    # ---- setup
+    device = distributed.select_device(args.device)
+    output = Path(args.output)
+    if output.suffix.lower() not in Image.registered_extensions():
+        raise UserError(f"--output {output} has no suffix of an image format: use .png")
+    cli.make_writable(output.parent, "folder of --output")
+
+    # ---- model
+    contents = load_checkpoint(args.checkpoint)
+    weights, saved = contents["model"], contents.get("args", {})
+    if "decoder_pred.weight" not in weights:
+        raise UserError(
+            f"{args.checkpoint} has no decoder weights, which a reconstruction needs: it holds an "
+            "encoder or a classifier, use the full checkpoint of a pre-training"
+        )
+    config = {}
+    for name in ("model", "input_size", "norm_pix_loss"):
+        given = getattr(args, name)
+        config[name] = saved.get(name, given)
+        if config[name] is None:
+            raise UserError(f"{args.checkpoint} does not say its {name}: add --{name}")
+        if given not in (None, config[name]):
+            raise UserError(f"{args.checkpoint} says {name} {config[name]}: leave out --{name}")
+    model = models_mae.build_model(
+        config["model"], img_size=config["input_size"], norm_pix_loss=config["norm_pix_loss"]
+    )
+    mask_ratio = args.mask_ratio
+    if mask_ratio is None:
+        mask_ratio = saved.get("mask_ratio", 0.75)
+    model.check_mask_ratio(mask_ratio)
+    try:
+        model.load_state_dict(weights)
+    except RuntimeError as error:
+        reason = str(error).splitlines()[1].strip()
+        raise UserError(f"{args.checkpoint} is not a {config['model']}: {reason}") from error
+    model.to(device)
+
+    # ---- data
+    paths = args.images
+    if args.data_path is not None:
+        found = data.find_images(args.data_path, "val") or data.find_images(args.data_path, "train")
+        chosen = np.random.default_rng(args.seed).permutation(len(found))[: args.num_images]
+        paths = [found[index] for index in chosen.tolist()]
+    transform = data.eval_transform(config["input_size"])
+    try:
+        imgs = torch.stack([transform(data.read_image(path)) for path in paths])
+    except data.UnreadableImage as error:
+        raise UserError(f"unreadable image {error}") from error
+
+    # ---- picture
+    columns = visualize.reconstruct(
+        model, data.normalize(imgs.to(device)), mask_ratio=mask_ratio, seed=args.seed
+    )
+    visualize.draw_grid(columns).save(output)
+    print(f"{output}: {len(paths)} images, {mask_ratio:.0%} of their patches masked")
+    if model.norm_pix_loss:
+        print(
+            "the model predicts normalised patches: their mean and variance are those of the "
+            "original, so that colours and contrast are not its own guess"
+        )
+
+
+if __name__ == "__main__":
+    cli.run(main, get_args_parser())

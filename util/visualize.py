@@ -1,0 +1,80 @@
+"""Pictures of what a masked autoencoder sees and what it makes of it."""
+
+import torch
+from PIL import Image, ImageDraw, ImageFont
+
+from util.data import denormalize
+from util.precision import autocast
+from util.seeding import uniform_noise
+
+COLUMNS = ("original", "masked", "reconstruction", "reconstruction + visible")
+_GAP = 4
+_HEADER = 18
+
+
+@torch.no_grad()
+def reconstruct(model, imgs, mask_ratio, seed, amp_dtype=None):
+    """What the four columns of a grid show, in [0, 1].
+
+    With norm_pix_loss the model predicts patches without their mean and variance, which are taken
+    from the original: the reconstruction then shows structure, not the colours the model guessed.
+
+    Args:
+        model: a MaskedAutoencoderViT.
+        imgs: normalised images [N, 3, H, W].
+        mask_ratio: share of the patches to remove.
+        seed: of the masks; row i of a grid has the same mask whatever the other images are.
+        amp_dtype: type to compute in under autocast, or None for float32.
+
+    Returns:
+        a list of four float tensors [N, 3, H, W] on the CPU, in the order of `COLUMNS`.
+    """
+    was_training = model.training
+    model.eval()
+    num_patches = model.patch_embed.num_patches
+    noise = torch.stack([uniform_noise(num_patches, seed, "picture", i) for i in range(len(imgs))])
+    with autocast(imgs.device, amp_dtype):
+        _, pred, mask = model(imgs, mask_ratio, noise.to(imgs.device))
+    model.train(was_training)
+
+    pred = pred.float()
+    if model.norm_pix_loss:
+        var, mean = torch.var_mean(model.patchify(imgs), dim=-1, keepdim=True)
+        pred = pred * (var + 1e-6).sqrt() + mean
+    pixel_mask = model.unpatchify(mask[:, :, None].expand_as(pred))
+    original, reconstruction = denormalize(imgs), denormalize(model.unpatchify(pred))
+    masked = torch.where(pixel_mask.bool(), 0.5, original)
+    pasted = torch.where(pixel_mask.bool(), reconstruction, original)
+    return [images.cpu() for images in (original, masked, reconstruction, pasted)]
+
+
+def draw_grid(columns, *, min_side=112):
+    """One row an image and one titled column an element of `columns`.
+
+    Args:
+        columns: as `reconstruct` returns them.
+        min_side: small images are enlarged by a whole factor until their shorter side has this
+            many pixels.
+
+    Returns:
+        a PIL image.
+    """
+    height, width = columns[0].shape[-2:]
+    factor = max(1, -(-min_side // min(height, width)))
+    height, width = height * factor, width * factor
+    rows = len(columns[0])
+    canvas = Image.new(
+        "RGB",
+        (len(columns) * (width + _GAP) + _GAP, _HEADER + rows * (height + _GAP)),
+        "white",
+    )
+    draw = ImageDraw.Draw(canvas)
+    font = ImageFont.load_default()
+    for column, (title, images) in enumerate(zip(COLUMNS, columns, strict=True)):
+        left = _GAP + column * (width + _GAP)
+        draw.text((left, 3), title, fill="black", font=font)
+        pixels = (images * 255).round().byte().permute(0, 2, 3, 1).numpy()
+        for row in range(rows):
+            tile = Image.fromarray(pixels[row]).resize((width, height), Image.NEAREST)
+            canvas.paste(tile, (left, _HEADER + row * (height + _GAP)))
+    return canvas
