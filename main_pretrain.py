@@ -88,7 +88,7 @@ def pretrain(args, process):
     picture_indices = range(0, len(val_images), -(-len(val_images) // PICTURED_IMAGES))
     if val_paths:
         val_batches = data.OrderedBatches(len(val_paths), args.batch_size, process)
-        val_loader = data.ImageLoader(val_images, val_batches, process, **loading)
+        val_loader = data.ImageLoader(val_images, val_batches, process, persistent=False, **loading)
 
     # ---- model
     torch.manual_seed(seeding.derive_seed(args.seed, "init"))

@@ -96,7 +96,7 @@ def main(args):
         found = data.find_images(args.data_path, "val") or data.find_images(args.data_path, "train")
         chosen = np.random.default_rng(args.seed).permutation(len(found))[: args.num_images]
         paths = [found[index] for index in chosen.tolist()]
-    transform = data.eval_transform(config["input_size"])
+    transform = data.picture_transform(config["input_size"])
     try:
         imgs = torch.stack([transform(data.read_image(path)) for path in paths])
     except data.UnreadableImage as error:

@@ -210,6 +210,7 @@ def factory(patch_size, encoder, decoder):
 
 _PAPER_DECODER = (512, 8, 16)
 MODELS = {
+    "mae_vit_nano_patch4": factory(4, (128, 6, 4), (96, 2, 4)),
     "mae_vit_tiny_patch2": factory(2, (192, 12, 3), (192, 4, 3)),
     "mae_vit_tiny_patch4": factory(4, (192, 12, 3), (192, 4, 3)),
     "mae_vit_tiny_patch16": factory(16, (192, 12, 3), (192, 4, 3)),

@@ -7,7 +7,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tiny_pretrain  # noqa: F401, for its model
 from PIL import Image
+
+import main_pretrain
+from util.errors import UserError
 
 ROOT = Path(__file__).parent.parent
 
@@ -49,6 +53,26 @@ def pretrain_flags(image_folder, tmp_path):
     }
 
 
+@pytest.fixture
+def pretrain():
+    """Runs main_pretrain with flags, in this process."""
+    return lambda flags: main_pretrain.main(
+        main_pretrain.get_args_parser().parse_args(command_line(flags))
+    )
+
+
+@pytest.fixture
+def user_error():
+    """Calls a function and returns the message of the UserError that it must raise."""
+
+    def message(function):
+        with pytest.raises(UserError) as caught:
+            function()
+        return str(caught.value)
+
+    return message
+
+
 def command_line(flags):
     """Flags as words: {"lr": 1, "compile": True} becomes ["--lr", "1", "--compile"]."""
     words = []
@@ -74,9 +98,9 @@ def start(script, flags, processes=1, **popen):
     )
 
 
-def run(script, flags, processes=1, timeout=120):
+def run(script, flags, processes=1, timeout=120, **popen):
     """Run a script to its end; returns (exit code, stdout, stderr)."""
-    process = start(script, flags, processes)
+    process = start(script, flags, processes, **popen)
     try:
         out, err = process.communicate(timeout=timeout)
     finally:

@@ -92,10 +92,10 @@ def test_state_dict_is_the_published_one(name):
 
 @pytest.mark.parametrize("name", models_mae.MODELS)
 def test_named_models_have_the_documented_sizes(name):
-    widths = {"tiny": 192, "small": 384, "base": 768, "large": 1024, "huge": 1280}
-    depths = {"tiny": 12, "small": 12, "base": 12, "large": 24, "huge": 32}
-    heads = {"tiny": 3, "small": 6, "base": 12, "large": 16, "huge": 16}
-    decoders = {"tiny": (192, 4, 3), "small": (256, 4, 8)}
+    widths = {"nano": 128, "tiny": 192, "small": 384, "base": 768, "large": 1024, "huge": 1280}
+    depths = {"nano": 6, "tiny": 12, "small": 12, "base": 12, "large": 24, "huge": 32}
+    heads = {"nano": 4, "tiny": 3, "small": 6, "base": 12, "large": 16, "huge": 16}
+    decoders = {"nano": (96, 2, 4), "tiny": (192, 4, 3), "small": (256, 4, 8)}
     size, patch = name.split("_")[2], int(name.split("_")[3].removeprefix("patch"))
     with torch.device("meta"):
         model = models_mae.build_model(name, img_size=2 * patch)

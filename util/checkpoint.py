@@ -89,7 +89,7 @@ def find_checkpoint(resume, output_dir):
     )
     if resume == "none":
         if candidates:
-            warn(f"--resume none starts anew and will overwrite the checkpoints in {output_dir}")
+            warn(f"--resume none starts anew and will overwrite what is in {output_dir}")
         return None, None
     for path in candidates:
         try:

@@ -100,6 +100,12 @@ def eval_transform(input_size):
     return v2.Compose([ResizeToCover(covered), v2.CenterCrop(crop)])
 
 
+def picture_transform(input_size):
+    """Bicubic resize and centre crop that show as much of the image as fits."""
+    size = to_2tuple(input_size)
+    return v2.Compose([ResizeToCover(size), v2.CenterCrop(size)])
+
+
 class ResizeToCover(torch.nn.Module):
     """Bicubic resize, aspect ratio kept, to the smallest image that covers (height, width)."""
 
@@ -175,9 +181,10 @@ def _image_names(root):
     suffixes = tuple(suffix.encode() for suffix in IMAGE_SUFFIXES)
     for folder, subfolders, files in os.walk(root, followlinks=True):
         subfolders[:] = [name for name in subfolders if not name.startswith(b".")]
+        below_root = os.path.relpath(folder, root)
         for name in files:
             if name.lower().endswith(suffixes) and not name.startswith(b"."):
-                yield os.path.relpath(os.path.join(folder, name), root)
+                yield name if below_root == b"." else os.path.join(below_root, name)
 
 
 def find_images(data_path, split):
@@ -225,16 +232,18 @@ class ImageDataset(torch.utils.data.Dataset):
     def __getitem__(self, key):
         epoch, index = key
         seed_generators(self.seed, "augmentation", epoch, index)
+        readable = True
         source = index
         for _ in range(10):
             try:
                 image = read_image(self.paths[source])
                 break
             except UnreadableImage:
+                readable = False
                 source = torch.randint(len(self.paths), ()).item()
         else:  # a share of unreadable images that stops the run at its next log line
             image = torch.zeros(3, 1, 1, dtype=torch.uint8)
-        return self.transform(image), index, source == index
+        return self.transform(image), index, readable
 
 
 # ---- batches
@@ -287,10 +296,11 @@ class OrderedBatches(torch.utils.data.Sampler):
 class ImageLoader:
     """Batches of `dataset` as a batch sampler orders them, on the device of `process`.
 
-    `unreadable` counts the unreadable images that this process met in the epoch.
+    `unreadable` counts the unreadable images that this process met in the epoch. Its workers are
+    kept between epochs if it is `persistent`.
     """
 
-    def __init__(self, dataset, batches, process, *, num_workers, pin_mem):
+    def __init__(self, dataset, batches, process, *, num_workers, pin_mem, persistent=True):
         self.dataset = dataset
         self.batches = batches
         self.images_per_step = batches.batch_size * process.world_size
@@ -302,7 +312,7 @@ class ImageLoader:
             batch_sampler=batches,
             num_workers=num_workers,
             pin_memory=pin_mem and process.device.type == "cuda",
-            persistent_workers=num_workers > 0,
+            persistent_workers=persistent and num_workers > 0,
             worker_init_fn=_leave_signals_to_the_main_process,
         )
 

@@ -1,0 +1,93 @@
+"""Two gloo processes on the CPU against one, and what happens when one of them fails."""
+
+import signal
+import time
+
+import torch
+from conftest import run, start
+from test_pretrain import final_state
+
+SCRIPT = "tests/tiny_pretrain.py"
+
+
+def spied(out_dir, rank):
+    """What tests/spying_pretrain.py saw on a rank: images, masks' noise and the gradients."""
+    return torch.load(out_dir / f"spied-{rank}.pt", weights_only=True)
+
+
+def test_gradients_are_the_mean_over_both_processes(pretrain_flags):
+    """Of one process with the same images and masks, also when gradients are accumulated."""
+    flags = pretrain_flags | {"batch_size": 3, "accum_iter": 2, "epochs": 1, "warmup_epochs": 0.5}
+    code, out, err = run("tests/spying_pretrain.py", flags, processes=2)
+    assert code == 0, err
+    assert out.count("done:") == 1
+    first, second = (spied(flags["output_dir"], rank) for rank in (0, 1))
+    for name, gradient in first["gradients"].items():
+        assert torch.equal(gradient, second["gradients"][name])
+
+    from models_mae import build_model
+
+    model = build_model("tiny_test_model", img_size=8)
+    model.load_state_dict(first["weights"])
+    for step in (0, 1):
+        for seen in (first, second):
+            loss, _, _ = model(seen["imgs"][step], 0.75, seen["noise"][step])
+            (loss / 4).backward()
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            expected = first["gradients"][name]
+            torch.testing.assert_close(parameter.grad, expected, rtol=1e-4, atol=1e-7)
+
+    images = torch.cat([torch.cat(seen["imgs"]) for seen in (first, second)]).flatten(1)
+    noise = torch.cat([torch.cat(seen["noise"]) for seen in (first, second)])
+    assert len(images.unique(dim=0)) == len(noise.unique(dim=0)) == 18
+
+
+def test_two_processes_train_as_one_and_only_rank_0_writes(pretrain_flags):
+    """The same images a step; with masks of their own the held-out losses agree roughly."""
+    losses = {}
+    for processes, batch in ((1, 6), (2, 3)):
+        out_dir = pretrain_flags["output_dir"] / str(processes)
+        flags = pretrain_flags | {"batch_size": batch, "output_dir": out_dir}
+        code, out, err = run(SCRIPT, flags, processes=processes)
+        assert code == 0, err
+        assert out.count("step 3/3") == 2
+        losses[processes] = final_state(out_dir)[2]
+        written = [path for path in out_dir.iterdir() if "tfevents" in path.name]
+        assert len(written) == 1
+    for one, two in zip(losses[1], losses[2], strict=True):
+        assert abs(one[2] / two[2] - 1) < 0.1
+
+
+def test_sigterm_to_torchrun_saves_and_resumes(pretrain_flags):
+    flags = pretrain_flags | {"batch_size": 1, "epochs": 40, "log_every": 1}
+    process = start(SCRIPT, flags, processes=2)
+    for line in process.stdout:
+        if "step 3/9" in line:
+            break
+    process.send_signal(signal.SIGTERM)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode != 0
+    assert "SIGTERM: stopped after step" in out, err
+    assert 'main_pretrain.py", line' not in err  # torchrun shows a traceback of its own
+    process = start(SCRIPT, flags, processes=2)
+    assert any("resuming" in line for line in process.stdout)
+    process.terminate()
+    process.communicate(timeout=60)
+
+
+def test_a_failing_rank_brings_the_job_down(pretrain_flags):
+    flags = pretrain_flags | {"epochs": 1000, "batch_size": 1}
+    began = time.monotonic()
+    code, _, err = run("tests/failing_pretrain.py", flags, processes=2, timeout=100)
+    assert code != 0
+    assert "rank 1 fails here" in err
+    assert time.monotonic() - began < 60
+
+
+def test_a_loss_that_is_not_finite_is_named_by_its_rank(pretrain_flags):
+    flags = pretrain_flags | {"epochs": 1000, "batch_size": 1, "log_every": 3}
+    code, _, err = run("tests/failing_pretrain.py", flags | {"seed": 1}, processes=2, timeout=100)
+    assert code != 0
+    assert "error: the loss is nan at epoch 0, step 4, rank 1" in err
+    assert not list(flags["output_dir"].glob("*.pth"))

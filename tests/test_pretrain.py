@@ -1,0 +1,313 @@
+"""Pre-training as its users run it: outputs, accumulation, resuming after any death."""
+
+import json
+import random
+import signal
+import time
+
+import numpy as np
+import pytest
+import torch
+from conftest import run, start, write_images
+from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+import models_mae
+from util.checkpoint import load_checkpoint
+from util.lr_sched import warmup_cosine_lr
+from util.seeding import derive_seed
+
+SCRIPT = "tests/tiny_pretrain.py"
+
+
+def final_state(output_dir):
+    """Weights, optimizer state and logged losses of a finished run."""
+    contents = load_checkpoint(output_dir / "checkpoint-last.pth")
+    records = [json.loads(line) for line in (output_dir / "log.txt").read_text().splitlines()]
+    losses = [(r["epoch"], r["train_loss"], r["val_loss"]) for r in records]
+    return contents["model"], contents["optimizer"], losses
+
+
+def assert_same_bits(state, other):
+    """Two `final_state`s are equal to the last bit."""
+    assert state[2] == other[2]
+    for weights, others in ((state[0], other[0]), (state[1]["state"], other[1]["state"])):
+        flat, others = (
+            {
+                (k, n): t
+                for k, v in d.items()
+                for n, t in (v if isinstance(v, dict) else {0: v}).items()
+            }
+            for d in (weights, others)
+        )
+        assert flat.keys() == others.keys()
+        assert all(torch.equal(flat[key], others[key]) for key in flat)
+
+
+def events(log_dir):
+    """TensorBoard scalars as {tag: {x: value}}, and the image tags with their x."""
+    accumulator = EventAccumulator(str(log_dir)).Reload()
+    scalars = {
+        tag: {event.step: event.value for event in accumulator.Scalars(tag)}
+        for tag in accumulator.Tags()["scalars"]
+    }
+    images = {
+        tag: [event.step for event in accumulator.Images(tag)]
+        for tag in accumulator.Tags()["images"]
+    }
+    return scalars, images
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(image_folder, tmp_path_factory):
+    """The final state of a run of three epochs that nothing disturbed."""
+    output_dir = tmp_path_factory.mktemp("uninterrupted")
+    flags = kill_flags(image_folder, output_dir)
+    code, _, err = run(SCRIPT, flags)
+    assert code == 0, err
+    return final_state(output_dir)
+
+
+def kill_flags(image_folder, output_dir, workers=0):
+    return {
+        "data_path": image_folder,
+        "output_dir": output_dir,
+        "model": "tiny_test_model",
+        "input_size": 8,
+        "batch_size": 2,
+        "accum_iter": 2,
+        "epochs": 3,
+        "warmup_epochs": 1,
+        "lr": 1e-2,
+        "clip_grad": 1,
+        "save_minutes": 0,
+        "log_every": 1,
+        "num_workers": workers,
+        "device": "cpu",
+    }
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+def test_killed_and_resumed_equals_uninterrupted(
+    image_folder, tmp_path, uninterrupted, number, workers
+):
+    flags = kill_flags(image_folder, tmp_path, workers)
+    process = start(SCRIPT, flags)
+    lines = (line for line in process.stdout if line.startswith("epoch "))
+    for _ in range(random.randint(1, 24)):
+        next(lines)
+    process.send_signal(number)
+    rest, err = process.communicate(timeout=60)
+    if number == signal.SIGKILL:
+        assert process.returncode == -9
+    elif process.returncode != 0:  # it may have been done when the signal came
+        assert process.returncode == 128 + number, err
+        assert f"{number.name}: stopped after step" in rest
+
+    code, out, err = run(SCRIPT, flags)
+    assert code == 0, err
+    assert "resuming" in out
+    assert_same_bits(final_state(tmp_path), uninterrupted)
+
+
+def test_workers_do_not_change_the_result(image_folder, tmp_path, uninterrupted):
+    code, _, err = run(SCRIPT, kill_flags(image_folder, tmp_path, workers=3))
+    assert code == 0, err
+    assert_same_bits(final_state(tmp_path), uninterrupted)
+
+
+def test_outputs_of_a_run(pretrain_flags, pretrain, capsys):
+    out_dir = pretrain_flags["output_dir"]
+    pretrain(pretrain_flags | {"log_every": 4, "save_every": 1, "accum_iter": 2})
+    out = capsys.readouterr().out
+    assert "0.1 M parameters" in out or "0.0 M parameters" in out
+    steps = [line.split("step ")[1].split()[0] for line in out.splitlines() if "eta" in line]
+    assert steps == ["4/9", "8/9", "9/9"] * 2
+
+    records = [json.loads(line) for line in (out_dir / "log.txt").read_text().splitlines()]
+    assert [record["epoch"] for record in records] == [0, 1]
+    for record in records:
+        assert record["unreadable_images"] == 0
+        assert record["images_per_s"] > 0
+        assert 0 < record["train_loss"] < 10
+        assert 0 < record["val_loss"] < 10
+    names = {path.name for path in out_dir.iterdir() if "tfevents" not in path.name}
+    assert names == {"log.txt", "checkpoint-0.pth", "checkpoint-1.pth", "checkpoint-last.pth"}
+
+    scalars, images = events(out_dir)
+    assert set(scalars) == {"train_loss", "lr", "val_loss"}
+    assert list(scalars["train_loss"]) == [444, 888, 1000, 1444, 1888, 2000]
+    schedule = dict(lr=1e-2, min_lr=0.0, warmup_epochs=1, epochs=2)
+    # Step 3 (of 0 to 8) belongs to the update that began at step 2, step 8 to a tail of its own.
+    assert scalars["lr"][444] == pytest.approx(warmup_cosine_lr(2 / 9, **schedule))
+    assert scalars["lr"][1000] == pytest.approx(warmup_cosine_lr(8 / 9, **schedule))
+    assert list(scalars["val_loss"]) == [1000, 2000]
+    assert images == {"reconstruction": [1000, 2000]}
+
+    contents = load_checkpoint(out_dir / "checkpoint-last.pth")
+    assert contents["epoch"] == 1
+    assert contents["args"]["model"] == "tiny_test_model"
+    assert contents["versions"]["torch"] == torch.__version__
+
+
+def test_one_epoch_equals_a_loop_written_by_hand(pretrain_flags, pretrain, monkeypatch):
+    """Learning rate, masks, accumulation with its tail, clipping and AdamW, step by step."""
+    flags = pretrain_flags | {"accum_iter": 2, "clip_grad": 0.1, "epochs": 1, "warmup_epochs": 0.5}
+    schedule = dict(lr=1e-2, min_lr=0.0, warmup_epochs=0.5, epochs=1)
+    seen = []
+    original = models_mae.MaskedAutoencoderViT.forward
+
+    def spy(self, imgs, mask_ratio, noise):
+        seen.append((self.training, imgs, noise))
+        return original(self, imgs, mask_ratio, noise)
+
+    monkeypatch.setattr(models_mae.MaskedAutoencoderViT, "forward", spy)
+    pretrain(flags)
+    monkeypatch.undo()
+
+    torch.manual_seed(derive_seed(0, "init"))
+    model = models_mae.build_model("tiny_test_model", img_size=8)
+    batches = [(imgs, noise) for training, imgs, noise in seen if training]
+    decayed = [p for n, p in model.named_parameters() if p.ndim > 1 and p.requires_grad]
+    others = [p for n, p in model.named_parameters() if p.ndim <= 1]
+    optimizer = torch.optim.AdamW(
+        [{"params": decayed, "weight_decay": 0.05}, {"params": others, "weight_decay": 0.0}],
+        betas=(0.9, 0.95),
+        fused=True,
+    )
+    assert len(batches) == 9
+    for start_step in range(0, 9, 2):
+        group = batches[start_step : start_step + 2]
+        for imgs, noise in group:
+            (model(imgs, 0.75, noise)[0] / len(group)).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 0.1)
+        for param_group in optimizer.param_groups:
+            param_group["lr"] = warmup_cosine_lr(start_step / 9, **schedule)
+        optimizer.step()
+        optimizer.zero_grad()
+    trained = load_checkpoint(flags["output_dir"] / "checkpoint-last.pth")["model"]
+    for name, value in model.state_dict().items():
+        assert torch.equal(trained[name], value), name
+
+
+def test_batches_and_masks_of_an_epoch(pretrain_flags, pretrain, monkeypatch):
+    """Every image once an epoch at most; masks differ between samples, steps and epochs."""
+    noises = []
+    original = models_mae.MaskedAutoencoderViT.forward
+
+    def spy(self, imgs, mask_ratio, noise):
+        if self.training:
+            noises.append(noise)
+        return original(self, imgs, mask_ratio, noise)
+
+    monkeypatch.setattr(models_mae.MaskedAutoencoderViT, "forward", spy)
+    pretrain(pretrain_flags)
+    rows = {tuple(row.tolist()) for noise in noises for row in noise}
+    assert len(rows) == 2 * 18
+
+
+def test_bf16_trains_and_float32_is_the_cpu_default(pretrain_flags, pretrain):
+    losses = {}
+    for amp in ("auto", "off", "bf16"):
+        out_dir = pretrain_flags["output_dir"] / amp
+        pretrain(pretrain_flags | {"amp": amp, "output_dir": out_dir})
+        losses[amp] = [loss for _, loss, _ in final_state(out_dir)[2]]
+    assert losses["auto"] == losses["off"]
+    assert losses["bf16"] != losses["off"]
+    assert losses["bf16"] == pytest.approx(losses["off"], rel=0.02)
+
+
+def test_compiled_blocks_train_alike(image_folder, pretrain_flags, pretrain):
+    pretrain_flags["data_path"] = image_folder / "train"  # nothing held out to compile for
+    losses = []
+    for name, flags in (("plain", {}), ("compiled", {"compile": True})):
+        out_dir = pretrain_flags["output_dir"] / name
+        pretrain(pretrain_flags | flags | {"output_dir": out_dir, "epochs": 1})
+        record = json.loads((out_dir / "log.txt").read_text())
+        assert "val_loss" not in record
+        losses.append(record["train_loss"])
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4)
+
+
+def test_non_square_input(pretrain_flags, pretrain):
+    pretrain(pretrain_flags | {"input_size": [8, 16], "norm_pix_loss": True, "epochs": 1})
+    contents = load_checkpoint(pretrain_flags["output_dir"] / "checkpoint-last.pth")
+    assert contents["args"]["input_size"] == (8, 16)
+    assert contents["model"]["pos_embed"].shape == (1, 1 + 2 * 4, 32)
+
+
+def test_learns_the_images(tmp_path, pretrain_flags, pretrain):
+    """The loss on flat-coloured images, which one visible patch determines, falls."""
+    folder = tmp_path / "flat"
+    folder.mkdir()
+    colors = np.random.default_rng(0).integers(0, 256, (32, 3), dtype=np.uint8)
+    for index, color in enumerate(colors):
+        Image.new("RGB", (8, 8), tuple(color.tolist())).save(folder / f"{index}.png")
+    flags = {"data_path": folder, "batch_size": 8, "epochs": 60, "warmup_epochs": 5, "lr": 3e-3}
+    pretrain(pretrain_flags | flags)
+    records = (pretrain_flags["output_dir"] / "log.txt").read_text().splitlines()
+    first, last = (json.loads(records[i])["train_loss"] for i in (0, -1))
+    assert last < 0.2 * first
+
+
+def test_a_complete_run_is_left_as_it_is(pretrain_flags, pretrain, capsys):
+    pretrain(pretrain_flags)
+    before = (pretrain_flags["output_dir"] / "log.txt").read_text()
+    pretrain(pretrain_flags)
+    assert "resuming" in capsys.readouterr().out
+    assert (pretrain_flags["output_dir"] / "log.txt").read_text() == before
+
+
+def test_resume_passes_over_a_torn_checkpoint(pretrain_flags, pretrain, capsys):
+    out_dir = pretrain_flags["output_dir"]
+    flags = pretrain_flags | {"save_every": 1}
+    pretrain(flags)
+    expected = final_state(out_dir)
+    for name in ("checkpoint-last.pth", "checkpoint-1.pth"):
+        whole = (out_dir / name).read_bytes()
+        (out_dir / name).write_bytes(whole[: len(whole) // 2])
+        time.sleep(0.01)
+    pretrain(flags)
+    captured = capsys.readouterr()
+    assert "checkpoint-last.pth is torn" in captured.err
+    assert "resuming" in captured.out
+    assert "checkpoint-0.pth" in captured.out.split("resuming")[1].splitlines()[0]
+    assert_same_bits(final_state(out_dir), expected)
+
+
+def test_resume_none_starts_anew_and_a_path_is_taken(pretrain_flags, pretrain, capsys):
+    out_dir = pretrain_flags["output_dir"]
+    pretrain(pretrain_flags | {"save_every": 1})
+    expected = final_state(out_dir)
+    capsys.readouterr()
+    pretrain(pretrain_flags | {"resume": "none"})
+    captured = capsys.readouterr()
+    assert "resuming" not in captured.out
+    assert "will overwrite" in captured.err
+    assert_same_bits(final_state(out_dir), expected)
+
+    elsewhere = out_dir.parent / "elsewhere"
+    pretrain(pretrain_flags | {"output_dir": elsewhere, "resume": out_dir / "checkpoint-0.pth"})
+    assert "resuming" in capsys.readouterr().out
+    model, optimizer, losses = final_state(elsewhere)
+    assert_same_bits((model, optimizer, expected[2]), expected)
+    assert losses == expected[2][1:]
+
+
+def test_unreadable_images_are_skipped_named_and_counted(tmp_path, pretrain_flags, pretrain, capfd):
+    folder = tmp_path / "some_broken"
+    write_images(folder, 120)
+    (folder / "017.png").write_bytes(b"no image")
+    flags = pretrain_flags | {"data_path": folder, "batch_size": 60}
+    pretrain(flags)
+    err = capfd.readouterr().err
+    assert err.count("warning:") == err.count("017.png") == 1
+    records = (pretrain_flags["output_dir"] / "log.txt").read_text().splitlines()
+    assert [json.loads(line)["unreadable_images"] for line in records] == [1, 1]
+
+
+def test_non_finite_loss_stops_without_a_checkpoint(pretrain_flags, pretrain, user_error):
+    message = user_error(lambda: pretrain(pretrain_flags | {"lr": 1e30, "warmup_epochs": 0}))
+    assert "epoch 0, step 1, rank 0" in message or "not finite" in message
+    assert not list(pretrain_flags["output_dir"].glob("*.pth"))
