@@ -112,4 +112,4 @@ def evaluate(model, loader, *, mask_ratio, amp_dtype, seed):
         counts.append(readable.sum().item())
     own = sum(c * loss.item() for c, loss in zip(counts, losses, strict=True)), sum(counts)
     total, count = (sum(values) for values in zip(*distributed.gather(own), strict=True))
-    return {"val_loss": total / count if count else None}
+    return {"val_loss": total / count} if count else {}

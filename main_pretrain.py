@@ -171,8 +171,9 @@ def pretrain(args, process):
             first_step, totals = 0, None
             numeric = {"mask_ratio": args.mask_ratio, "seed": args.seed, "amp_dtype": amp_dtype}
             if val_paths:
-                record |= evaluate(model, val_loader, **numeric)
-                run_log.scalars(epoch + 1, val_loss=record["val_loss"])
+                held_out = evaluate(model, val_loader, **numeric)
+                run_log.scalars(epoch + 1, **held_out)
+                record |= held_out
             run_log.epoch_line(record)
 
             numbered = (epoch + 1) % args.save_every == 0 or epoch + 1 == args.epochs

@@ -135,7 +135,6 @@ def add_data_flags(parser):
         "--pin_mem", action="store_true", default=True, help="page-locked batches, for CUDA"
     )
     group.add_argument("--no_pin_mem", action="store_false", dest="pin_mem")
-    return group
 
 
 def add_optimization_flags(parser):
@@ -164,7 +163,6 @@ def add_optimization_flags(parser):
     group.add_argument(
         "--clip_grad", type=number(above=True), help="clip the gradients to this norm"
     )
-    return group
 
 
 def add_runtime_flags(parser):
@@ -207,4 +205,3 @@ def add_runtime_flags(parser):
     group.add_argument(
         "--log_every", type=integer(1), default=20, help="steps between two console lines"
     )
-    return group

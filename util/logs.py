@@ -77,7 +77,9 @@ class RunLog:
             self._tensorboard.add_image(tag, pixels, int(1000 * epoch), dataformats="HWC")
 
     def epoch_line(self, record):
-        """One JSON line in log.txt."""
+        """An epoch's entries as one JSON line in log.txt, its losses also on the console."""
+        losses = [f"{name} {value:.4f}" for name, value in record.items() if "loss" in name]
+        self.line(f"epoch {record['epoch']}/{self.epochs}  done  {'  '.join(losses)}")
         if self.process.is_main:
             self._tensorboard.flush()
             with open(self._log_file, "a") as file:
