@@ -184,6 +184,8 @@ def pretrain(args, process):
                 run_log.picture(epoch + 1, "reconstruction", grid)
             for name in [f"checkpoint-{epoch}.pth"] * numbered + [LAST]:
                 saved = checkpointer.save(name, epoch=epoch, step=len(train_loader))
+            if epoch + 1 < args.epochs:
+                checkpointer.stop_if_asked(epoch=epoch, saved=saved)
     if not saved:
         raise UserError(
             f"the final checkpoint could not be written to {output_dir}: free some space"

@@ -76,6 +76,17 @@ def test_sigterm_to_torchrun_saves_and_resumes(pretrain_flags):
     process.communicate(timeout=60)
 
 
+def test_both_processes_stop_between_epochs_of_one_step(pretrain_flags):
+    flags = pretrain_flags | {"batch_size": 9, "epochs": 1000}
+    process = start(SCRIPT, flags, processes=2)
+    for line in process.stdout:
+        if "epoch 3/1000  done" in line:
+            break
+    process.send_signal(signal.SIGTERM)
+    out, err = process.communicate(timeout=60)
+    assert "SIGTERM: stopped after epoch" in out, err
+
+
 def test_a_failing_rank_brings_the_job_down(pretrain_flags):
     flags = pretrain_flags | {"epochs": 1000, "batch_size": 1}
     began = time.monotonic()

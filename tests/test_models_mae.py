@@ -90,7 +90,7 @@ def test_state_dict_is_the_published_one(name):
     assert trainable == expected["trainable"]
 
 
-@pytest.mark.parametrize("name", models_mae.MODELS)
+@pytest.mark.parametrize("name", [n for n in models_mae.MODELS if n != "tiny_test_model"])
 def test_named_models_have_the_documented_sizes(name):
     widths = {"nano": 128, "tiny": 192, "small": 384, "base": 768, "large": 1024, "huge": 1280}
     depths = {"nano": 6, "tiny": 12, "small": 12, "base": 12, "large": 24, "huge": 32}

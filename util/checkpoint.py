@@ -250,21 +250,36 @@ class Checkpointer:
         Raises:
             SystemExit: a process got a signal; the state is saved.
         """
-        save_due = self.process.is_main and time.monotonic() >= self._next_save
-        agreed = self._agree(1 + self._signal if self._signal else int(save_due))
-        if not agreed:
+        if agreed := self._agree_on_wish():
+            epoch_log.flush()
+            saved = self.save(LAST, epoch=epoch, step=step, totals=epoch_log.totals)
+            self._stop_if_signalled(agreed, f"step {step} of epoch {epoch}", saved)
+
+    def stop_if_asked(self, *, epoch, saved):
+        """After a whole epoch, `saved` or not: SystemExit if a process got a signal."""
+        self._stop_if_signalled(self._agree_on_wish(), f"epoch {epoch}", saved)
+
+    def _agree_on_wish(self):
+        """What all processes do now: 0 to go on, 1 to save, 1 + a signal's number to stop."""
+        now = time.monotonic()
+        save_due = self.process.is_main and now >= self._next_save
+        if save_due:
+            self._next_save = now + self.save_seconds
+        return self._agree(1 + self._signal if self._signal else int(save_due))
+
+    def _stop_if_signalled(self, agreed, position, saved):
+        if agreed <= 1:
             return
-        epoch_log.flush()
-        saved = self.save(LAST, epoch=epoch, step=step, totals=epoch_log.totals)
-        if agreed > 1:
-            self._agree.settle()
-            number = signal.Signals(agreed - 1)
+        self._agree.settle()
+        number = signal.Signals(agreed - 1)
+        if self.process.is_main:
             outcome = f"the same command continues from {self.output_dir / LAST}"
-            epoch_log.run_log.line(
-                f"{number.name}: stopped after step {step} of epoch {epoch}; "
-                f"{outcome if saved else 'this state could not be saved'}"
+            print(
+                f"{number.name}: stopped after {position}; "
+                f"{outcome if saved else 'this state could not be saved'}",
+                flush=True,
             )
-            raise SystemExit(128 + number)
+        raise SystemExit(128 + number)
 
 
 def _tensors(value):

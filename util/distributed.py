@@ -127,11 +127,6 @@ def gather(value):
     return values
 
 
-def broadcast(value):
-    """Rank 0's `value`."""
-    return gather(value)[0]
-
-
 class Agreement:
     """The largest of all processes' wishes, known to all of them one step later.
 
