@@ -76,7 +76,7 @@ def train_one_epoch(
             optimizer.zero_grad()
 
         log.add(step, loss, lr)
-        if updates and step + 1 < steps:
+        if updates:
             checkpointer.save_if_due(epoch=epoch, step=step + 1, epoch_log=log)
 
     return log.summary()

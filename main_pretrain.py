@@ -11,6 +11,7 @@ continue after any interruption.
 import contextlib
 from pathlib import Path
 
+import numpy as np
 import torch
 
 import models_mae
@@ -85,7 +86,8 @@ def pretrain(args, process):
     val_images = data.ImageDataset(
         val_paths or train_paths, data.eval_transform(args.input_size), args.seed
     )
-    picture_indices = range(0, len(val_images), -(-len(val_images) // PICTURED_IMAGES))
+    spread = np.linspace(0, len(val_images) - 1, PICTURED_IMAGES).round().astype(int)
+    picture_indices = np.unique(spread).tolist()
     if val_paths:
         val_batches = data.OrderedBatches(len(val_paths), args.batch_size, process)
         val_loader = data.ImageLoader(val_images, val_batches, process, persistent=False, **loading)
@@ -129,7 +131,7 @@ def pretrain(args, process):
         },
         save_minutes=args.save_minutes,
     )
-    first_epoch, first_step, totals = checkpointer.resume(args.resume, len(train_loader))
+    first_epoch, first_step, totals = checkpointer.resume(args.resume)
     run_log = logs.RunLog(
         output_dir,
         log_dir,
@@ -184,8 +186,6 @@ def pretrain(args, process):
                 run_log.picture(epoch + 1, "reconstruction", grid)
             for name in [f"checkpoint-{epoch}.pth"] * numbered + [LAST]:
                 saved = checkpointer.save(name, epoch=epoch, step=len(train_loader))
-            if epoch + 1 < args.epochs:
-                checkpointer.stop_if_asked(epoch=epoch, saved=saved)
     if not saved:
         raise UserError(
             f"the final checkpoint could not be written to {output_dir}: free some space"

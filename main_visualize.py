@@ -56,13 +56,13 @@ def main(args):
     # ---- setup
     device = distributed.select_device(args.device)
     output = Path(args.output)
-    if output.suffix.lower() not in Image.registered_extensions():
+    if Image.registered_extensions().get(output.suffix.lower()) not in Image.SAVE:
         raise UserError(f"--output {output} has no suffix of an image format: use .png")
     cli.make_writable(output.parent, "folder of --output")
 
     # ---- model
     contents = load_checkpoint(args.checkpoint)
-    weights, saved = contents["model"], contents.get("args", {})
+    weights, saved = contents["model"], contents.get("args") or {}
     if "decoder_pred.weight" not in weights:
         raise UserError(
             f"{args.checkpoint} has no decoder weights, which a reconstruction needs: it holds an "
@@ -106,7 +106,10 @@ def main(args):
     columns = visualize.reconstruct(
         model, data.normalize(imgs.to(device)), mask_ratio=mask_ratio, seed=args.seed
     )
-    visualize.draw_grid(columns).save(output)
+    try:
+        visualize.draw_grid(columns).save(output)
+    except OSError as error:
+        raise UserError(f"--output {output} can't be written: {error}") from error
     print(f"{output}: {len(paths)} images, {mask_ratio:.0%} of their patches masked")
     if model.norm_pix_loss:
         print(

@@ -8,11 +8,12 @@ import torch
 
 import main_pretrain
 from models_mae import MaskedAutoencoderViT
-from util import cli
+from util import checkpoint, cli
 
-seen = {"imgs": [], "noise": []}
+seen = {"imgs": [], "noise": [], "losses": [], "saves": []}
 forward = MaskedAutoencoderViT.forward
 step = torch.optim.AdamW.step
+save = checkpoint.save_checkpoint
 
 
 def spying_forward(self, imgs, mask_ratio, noise):
@@ -20,9 +21,11 @@ def spying_forward(self, imgs, mask_ratio, noise):
         seen.setdefault("weights", {k: v.clone() for k, v in self.state_dict().items()})
         seen["imgs"].append(imgs.clone())
         seen["noise"].append(noise.clone())
-        self.seen_by = seen
     seen["model"] = self
-    return forward(self, imgs, mask_ratio, noise)
+    outputs = forward(self, imgs, mask_ratio, noise)
+    if self.training:
+        seen["losses"].append(outputs[0].item())
+    return outputs
 
 
 def spying_step(self, *args, **kwargs):
@@ -32,7 +35,13 @@ def spying_step(self, *args, **kwargs):
     return step(self, *args, **kwargs)
 
 
+def spying_save(path, contents):
+    seen["saves"].append(str(path))
+    save(path, contents)
+
+
 if __name__ == "__main__":
+    checkpoint.save_checkpoint = spying_save
     MaskedAutoencoderViT.forward = spying_forward
     torch.optim.AdamW.step = spying_step
     parser = main_pretrain.get_args_parser()

@@ -56,6 +56,7 @@ def pretrain_error(monkeypatch, capsys):
         ({"amp": "fp16"}, "--amp fp16 needs a CUDA device"),
         ({"amp": "fp8"}, "argument --amp: invalid choice: 'fp8'"),
         ({"resume": "missing.pth"}, "checkpoint missing.pth does not exist"),
+        ({"data_path": ""}, "argument --data_path: is empty"),
         ({"unknown": 1}, "unrecognized arguments: --unknown 1"),
     ],
     ids=lambda value: str(value) if isinstance(value, dict) else "",
@@ -134,6 +135,9 @@ def test_a_changed_image_folder_is_not_resumed(pretrain_flags, pretrain_error, p
     pretrain(flags)
     write_images(folder, 5)
     assert "images (4 -> 5)" in pretrain_error(flags)
+    (folder / "004.png").unlink()
+    (folder / "003.png").rename(folder / "renamed.png")
+    assert "image_names (" in pretrain_error(flags)
 
 
 def test_long_warmup_is_a_warning(pretrain_flags, pretrain, capsys):

@@ -435,6 +435,23 @@ def test_hidden_files_and_other_files_are_ignored(tmp_path):
     assert relative_names(data.ImagePaths(tmp_path)) == ["a/8.jpg", "folder.jpg/9.jpg"]
 
 
+def test_links_in_circles_count_an_image_once_and_a_pipe_is_unreadable(tmp_path):
+    fill(tmp_path, ["a/1.jpg", "2.jpg"])
+    (tmp_path / "a/up").symlink_to(tmp_path)
+    (tmp_path / "a/self").symlink_to(tmp_path / "a")
+    assert relative_names(data.ImagePaths(tmp_path)) == ["2.jpg", "a/1.jpg"]
+    os.mkfifo(tmp_path / "pipe.jpg")
+    with pytest.raises(data.UnreadableImage, match=r"pipe\.jpg"):
+        data.read_image(tmp_path / "pipe.jpg")
+
+
+def test_32_bit_integers_of_8_bits_are_kept_and_of_16_are_scaled(tmp_path):
+    values = np.arange(256, dtype=np.int32).reshape(16, 16)
+    for scale in (1, 256):
+        Image.fromarray(values * scale).save(tmp_path / "deep.tif")
+        assert np.array_equal(data.read_image(tmp_path / "deep.tif")[0], values)
+
+
 def test_symlinked_folders_and_files_are_followed(tmp_path):
     elsewhere = fill(tmp_path / "elsewhere", ["cats/1.jpg", "2.jpg"])
     fill(tmp_path / "images", ["train/dog/3.jpg"])

@@ -1,11 +1,16 @@
 """Two gloo processes on the CPU against one, and what happens when one of them fails."""
 
+import json
 import signal
 import time
 
+import pytest
 import torch
-from conftest import run, start
+from conftest import run, start, write_images
 from test_pretrain import final_state
+
+from util.data import ShuffledBatches
+from util.distributed import Process
 
 SCRIPT = "tests/tiny_pretrain.py"
 
@@ -38,9 +43,34 @@ def test_gradients_are_the_mean_over_both_processes(pretrain_flags):
             expected = first["gradients"][name]
             torch.testing.assert_close(parameter.grad, expected, rtol=1e-4, atol=1e-7)
 
+    assert len(first["saves"]) == 2
+    assert second["saves"] == []
+    record = json.loads((flags["output_dir"] / "log.txt").read_text())
+    losses = first["losses"] + second["losses"]
+    assert record["train_loss"] == pytest.approx(sum(losses) / len(losses), rel=1e-6)
+
     images = torch.cat([torch.cat(seen["imgs"]) for seen in (first, second)]).flatten(1)
     noise = torch.cat([torch.cat(seen["noise"]) for seen in (first, second)])
     assert len(images.unique(dim=0)) == len(noise.unique(dim=0)) == 18
+
+
+def test_unreadable_images_of_every_process_are_counted(tmp_path, pretrain_flags):
+    """The broken one falls to rank 1; resuming with another number of processes is refused."""
+    folder = tmp_path / "one_broken"
+    write_images(folder, 110, size=(8, 8))
+    process = Process(1, 2, torch.device("cpu"))
+    (_, index), *_ = next(iter(ShuffledBatches(110, 55, process, seed=0)))
+    (folder / f"{index:03d}.png").write_bytes(b"no image")
+    flags = pretrain_flags | {"data_path": folder, "batch_size": 55}
+    code, _, err = run(SCRIPT, flags, processes=2)
+    assert code == 0, err
+    assert err.count("is unreadable") == 1
+    records = [json.loads(s) for s in (flags["output_dir"] / "log.txt").read_text().splitlines()]
+    assert [record["unreadable_images"] for record in records] == [1, 1]
+
+    code, _, err = run(SCRIPT, flags)
+    assert code == 2
+    assert "processes (2 -> 1)" in err
 
 
 def test_two_processes_train_as_one_and_only_rank_0_writes(pretrain_flags):
@@ -76,7 +106,7 @@ def test_sigterm_to_torchrun_saves_and_resumes(pretrain_flags):
     process.communicate(timeout=60)
 
 
-def test_both_processes_stop_between_epochs_of_one_step(pretrain_flags):
+def test_both_processes_stop_in_epochs_of_one_step(pretrain_flags):
     flags = pretrain_flags | {"batch_size": 9, "epochs": 1000}
     process = start(SCRIPT, flags, processes=2)
     for line in process.stdout:
@@ -84,7 +114,7 @@ def test_both_processes_stop_between_epochs_of_one_step(pretrain_flags):
             break
     process.send_signal(signal.SIGTERM)
     out, err = process.communicate(timeout=60)
-    assert "SIGTERM: stopped after epoch" in out, err
+    assert "SIGTERM: stopped after step 1 of epoch" in out, err
 
 
 def test_a_failing_rank_brings_the_job_down(pretrain_flags):

@@ -13,9 +13,12 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import models_mae
+from engine_pretrain import evaluate
+from util import data
 from util.checkpoint import load_checkpoint
+from util.distributed import Process
 from util.lr_sched import warmup_cosine_lr
-from util.seeding import derive_seed
+from util.seeding import derive_seed, uniform_noise
 
 SCRIPT = "tests/tiny_pretrain.py"
 
@@ -151,60 +154,98 @@ def test_outputs_of_a_run(pretrain_flags, pretrain, capsys):
     assert contents["versions"]["torch"] == torch.__version__
 
 
-def test_one_epoch_equals_a_loop_written_by_hand(pretrain_flags, pretrain, monkeypatch):
-    """Learning rate, masks, accumulation with its tail, clipping and AdamW, step by step."""
-    flags = pretrain_flags | {"accum_iter": 2, "clip_grad": 0.1, "epochs": 1, "warmup_epochs": 0.5}
-    schedule = dict(lr=1e-2, min_lr=0.0, warmup_epochs=0.5, epochs=1)
-    seen = []
+@pytest.fixture
+def spied_batches(monkeypatch):
+    """The (images, noise) of every training step of the models that run in this test."""
+    batches = []
     original = models_mae.MaskedAutoencoderViT.forward
 
     def spy(self, imgs, mask_ratio, noise):
-        seen.append((self.training, imgs, noise))
+        if self.training:
+            batches.append((imgs, noise))
         return original(self, imgs, mask_ratio, noise)
 
     monkeypatch.setattr(models_mae.MaskedAutoencoderViT, "forward", spy)
-    pretrain(flags)
-    monkeypatch.undo()
+    return batches
+
+
+def test_one_epoch_equals_a_loop_written_by_hand(pretrain_flags, pretrain, spied_batches):
+    """Learning rate, target, accumulation with its tail, clipping and AdamW, step by step."""
+    del pretrain_flags["lr"]
+    flags = {
+        "blr": 0.64,  # x 4 images / 256 = 1e-2
+        "min_lr": 1e-3,
+        "weight_decay": 0.3,
+        "mask_ratio": 0.5,
+        "norm_pix_loss": True,
+        "accum_iter": 2,
+        "clip_grad": 0.1,
+        "epochs": 1,
+        "warmup_epochs": 0.5,
+    }
+    pretrain(pretrain_flags | flags)
+    batches = spied_batches[:]
+    schedule = dict(lr=1e-2, min_lr=1e-3, warmup_epochs=0.5, epochs=1)
 
     torch.manual_seed(derive_seed(0, "init"))
-    model = models_mae.build_model("tiny_test_model", img_size=8)
-    batches = [(imgs, noise) for training, imgs, noise in seen if training]
+    model = models_mae.build_model("tiny_test_model", img_size=8, norm_pix_loss=True)
     decayed = [p for n, p in model.named_parameters() if p.ndim > 1 and p.requires_grad]
     others = [p for n, p in model.named_parameters() if p.ndim <= 1]
     optimizer = torch.optim.AdamW(
-        [{"params": decayed, "weight_decay": 0.05}, {"params": others, "weight_decay": 0.0}],
+        [{"params": decayed, "weight_decay": 0.3}, {"params": others, "weight_decay": 0.0}],
         betas=(0.9, 0.95),
         fused=True,
     )
     assert len(batches) == 9
+    losses = []
     for start_step in range(0, 9, 2):
         group = batches[start_step : start_step + 2]
         for imgs, noise in group:
-            (model(imgs, 0.75, noise)[0] / len(group)).backward()
+            loss = model(imgs, 0.5, noise)[0]
+            (loss / len(group)).backward()
+            losses.append(loss.item())
         torch.nn.utils.clip_grad_norm_(model.parameters(), 0.1)
         for param_group in optimizer.param_groups:
             param_group["lr"] = warmup_cosine_lr(start_step / 9, **schedule)
         optimizer.step()
         optimizer.zero_grad()
-    trained = load_checkpoint(flags["output_dir"] / "checkpoint-last.pth")["model"]
+    contents = load_checkpoint(pretrain_flags["output_dir"] / "checkpoint-last.pth")
     for name, value in model.state_dict().items():
-        assert torch.equal(trained[name], value), name
+        assert torch.equal(contents["model"][name], value), name
+    record = json.loads((pretrain_flags["output_dir"] / "log.txt").read_text())
+    assert record["train_loss"] == pytest.approx(np.mean(losses), rel=1e-6)
 
 
-def test_batches_and_masks_of_an_epoch(pretrain_flags, pretrain, monkeypatch):
-    """Every image once an epoch at most; masks differ between samples, steps and epochs."""
-    noises = []
-    original = models_mae.MaskedAutoencoderViT.forward
+def test_masks_differ_between_samples_steps_epochs_and_seeds(
+    pretrain_flags, pretrain, spied_batches
+):
+    for seed in (0, 1):
+        out_dir = pretrain_flags["output_dir"] / str(seed)
+        pretrain(pretrain_flags | {"seed": seed, "output_dir": out_dir})
+    rows = {tuple(row.tolist()) for _, noise in spied_batches for row in noise}
+    assert len(rows) == 2 * 2 * 18
 
-    def spy(self, imgs, mask_ratio, noise):
-        if self.training:
-            noises.append(noise)
-        return original(self, imgs, mask_ratio, noise)
 
-    monkeypatch.setattr(models_mae.MaskedAutoencoderViT, "forward", spy)
-    pretrain(pretrain_flags)
-    rows = {tuple(row.tolist()) for noise in noises for row in noise}
-    assert len(rows) == 2 * 18
+def test_held_out_loss_is_the_mean_over_readable_images_under_fixed_masks(tmp_path, capfd):
+    write_images(tmp_path, 6, size=(8, 8))
+    (tmp_path / "002.png").write_bytes(b"no image")
+    torch.manual_seed(0)
+    model = models_mae.build_model("tiny_test_model", img_size=8)
+    paths = data.ImagePaths(tmp_path)
+    transform = data.eval_transform(8)
+    losses = []
+    for index in (0, 1, 3, 4, 5):
+        image = data.normalize(transform(data.read_image(paths[index]))[None])
+        noise = uniform_noise((1, 4), 7, "held-out mask", index).view(1, 4)
+        losses.append(model(image, 0.75, noise)[0].item())
+    process = Process(0, 1, torch.device("cpu"))
+    dataset = data.ImageDataset(paths, transform, seed=7)
+    for batch_size in (1, 4, 6):
+        batches = data.OrderedBatches(6, batch_size, process)
+        loader = data.ImageLoader(dataset, batches, process, num_workers=0, pin_mem=False)
+        result = evaluate(model, loader, mask_ratio=0.75, amp_dtype=None, seed=7)
+        assert result == {"val_loss": pytest.approx(np.mean(losses), rel=1e-5)}
+    assert len({round(loss, 4) for loss in losses}) == 5
 
 
 def test_bf16_trains_and_float32_is_the_cpu_default(pretrain_flags, pretrain):
@@ -305,6 +346,40 @@ def test_unreadable_images_are_skipped_named_and_counted(tmp_path, pretrain_flag
     assert err.count("warning:") == err.count("017.png") == 1
     records = (pretrain_flags["output_dir"] / "log.txt").read_text().splitlines()
     assert [json.loads(line)["unreadable_images"] for line in records] == [1, 1]
+
+
+def test_more_than_one_percent_unreadable_stops(tmp_path, pretrain_flags, pretrain, user_error):
+    folder = tmp_path / "too_many_broken"
+    write_images(folder, 120)
+    for name in ("017.png", "080.png"):
+        (folder / name).write_bytes(b"no image")
+    flags = pretrain_flags | {"data_path": folder, "batch_size": 60}
+    assert "2 of the 120 images of epoch 0 are unreadable" in user_error(lambda: pretrain(flags))
+    assert not list(pretrain_flags["output_dir"].glob("*.pth"))
+
+
+def test_a_run_that_died_in_evaluation_keeps_its_curves(pretrain_flags, pretrain, monkeypatch):
+    calls = []
+
+    def dying(*args, **kwargs):
+        calls.append(args)
+        if len(calls) == 2:
+            raise RuntimeError("power cut")
+        return evaluate(*args, **kwargs)
+
+    monkeypatch.setattr("main_pretrain.evaluate", dying)
+    flags = pretrain_flags | {"save_every": 1, "save_minutes": 0}
+    with pytest.raises(RuntimeError, match="power cut"):
+        pretrain(flags)
+    pretrain(flags)
+    scalars, images = events(flags["output_dir"])
+    assert list(scalars["val_loss"]) == images["reconstruction"] == [1000, 2000]
+    assert list(scalars["train_loss"])[-1] == 2000
+    assert {1000, 2000} <= set(scalars["train_loss"])
+
+    undisturbed = flags["output_dir"] / "undisturbed"
+    pretrain(flags | {"output_dir": undisturbed})
+    assert_same_bits(final_state(flags["output_dir"]), final_state(undisturbed))
 
 
 def test_non_finite_loss_stops_without_a_checkpoint(pretrain_flags, pretrain, user_error):

@@ -82,11 +82,10 @@ def find_checkpoint(resume, output_dir):
     """
     if resume not in ("auto", "none"):
         return load_checkpoint(resume), resume
-    candidates = sorted(
-        Path(output_dir).glob("checkpoint-*.pth"),
-        key=lambda path: (path.stat().st_mtime_ns, path.name == LAST),
-        reverse=True,
-    )
+    numbered = (path for path in Path(output_dir).glob("checkpoint-*.pth") if path.name != LAST)
+    candidates = sorted(numbered, key=lambda path: (len(path.name), path.name), reverse=True)
+    if (Path(output_dir) / LAST).exists():
+        candidates.insert(0, Path(output_dir) / LAST)
     if resume == "none":
         if candidates:
             warn(f"--resume none starts anew and will overwrite what is in {output_dir}")
@@ -137,12 +136,11 @@ class Checkpointer:
         self._signal = 0
         self._agree = distributed.Agreement()
 
-    def resume(self, source, steps):
+    def resume(self, source):
         """Restore the training's state from a checkpoint, if there is one.
 
         Args:
             source: `--resume`, see `find_checkpoint`.
-            steps: of a whole epoch.
 
         Returns:
             the epoch and step to continue with, and the log's totals of the epoch so far.
@@ -150,6 +148,9 @@ class Checkpointer:
         Raises:
             UserError: the checkpoint is unusable or of another training.
         """
+        training = self.fixed["training"]
+        if any(other != training for other in distributed.gather(training)):
+            raise UserError("the processes were given different flags or see different images")
         contents, path = find_checkpoint(source, self.output_dir)
         found = contents and (contents.get("epoch"), contents.get("step"))
         if any(other != found for other in distributed.gather(found)):
@@ -167,7 +168,8 @@ class Checkpointer:
         epoch, step = found
         if self.process.is_main:
             print(f"resuming {path} after step {step} of epoch {epoch}", flush=True)
-        return (epoch + 1, 0, None) if step == steps else (epoch, step, contents["totals"])
+        totals = contents["totals"]
+        return (epoch + 1, 0, None) if totals is None else (epoch, step, totals)
 
     def _check_same_training(self, contents, path):
         kind = {name: contents.get(name) for name in ("format", "command")}
@@ -191,7 +193,7 @@ class Checkpointer:
         """Write the state after `step` steps of `epoch` as output_dir/`name`.
 
         Args:
-            totals: those of the `EpochLog` when the epoch is not complete.
+            totals: those of the `EpochLog`, unless the epoch is logged and done with.
 
         Returns:
             whether it succeeded: a file that can't be written is warned about, and leaves an
@@ -250,14 +252,20 @@ class Checkpointer:
         Raises:
             SystemExit: a process got a signal; the state is saved.
         """
-        if agreed := self._agree_on_wish():
-            epoch_log.flush()
-            saved = self.save(LAST, epoch=epoch, step=step, totals=epoch_log.totals)
-            self._stop_if_signalled(agreed, f"step {step} of epoch {epoch}", saved)
-
-    def stop_if_asked(self, *, epoch, saved):
-        """After a whole epoch, `saved` or not: SystemExit if a process got a signal."""
-        self._stop_if_signalled(self._agree_on_wish(), f"epoch {epoch}", saved)
+        agreed = self._agree_on_wish()
+        if not agreed:
+            return
+        epoch_log.flush()
+        saved = self.save(LAST, epoch=epoch, step=step, totals=epoch_log.totals)
+        if agreed > 1:
+            self._agree.settle()
+            number = signal.Signals(agreed - 1)
+            outcome = f"the same command continues from {self.output_dir / LAST}"
+            epoch_log.run_log.line(
+                f"{number.name}: stopped after step {step} of epoch {epoch}; "
+                f"{outcome if saved else 'this state could not be saved'}"
+            )
+            raise SystemExit(128 + number)
 
     def _agree_on_wish(self):
         """What all processes do now: 0 to go on, 1 to save, 1 + a signal's number to stop."""
@@ -266,20 +274,6 @@ class Checkpointer:
         if save_due:
             self._next_save = now + self.save_seconds
         return self._agree(1 + self._signal if self._signal else int(save_due))
-
-    def _stop_if_signalled(self, agreed, position, saved):
-        if agreed <= 1:
-            return
-        self._agree.settle()
-        number = signal.Signals(agreed - 1)
-        if self.process.is_main:
-            outcome = f"the same command continues from {self.output_dir / LAST}"
-            print(
-                f"{number.name}: stopped after {position}; "
-                f"{outcome if saved else 'this state could not be saved'}",
-                flush=True,
-            )
-        raise SystemExit(128 + number)
 
 
 def _tensors(value):

@@ -85,6 +85,13 @@ def number(minimum=0.0, *, above=False):
     return parse
 
 
+def path(text):
+    """An argument type: a path that is not empty, as an unset shell variable would be."""
+    if not text:
+        raise argparse.ArgumentTypeError("is empty: give a path")
+    return text
+
+
 class HeightWidth(argparse.Action):
     """Stores one number as it is, and two different ones as (height, width)."""
 
@@ -123,7 +130,9 @@ def add_device_flag(parser):
 def add_data_flags(parser):
     """Where images come from and how they are loaded."""
     group = parser.add_argument_group("Data")
-    group.add_argument("--data_path", metavar="DIR", required=True, help="folder of the images")
+    group.add_argument(
+        "--data_path", type=path, metavar="DIR", required=True, help="folder of the images"
+    )
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     group.add_argument(
         "--num_workers",
@@ -169,7 +178,11 @@ def add_runtime_flags(parser):
     """Outputs, device, precision, resuming."""
     group = parser.add_argument_group("Runtime")
     group.add_argument(
-        "--output_dir", default="./output_dir", metavar="DIR", help="checkpoints and log.txt"
+        "--output_dir",
+        type=path,
+        default="./output_dir",
+        metavar="DIR",
+        help="checkpoints and log.txt",
     )
     group.add_argument(
         "--log_dir", metavar="DIR", help="TensorBoard events; if not given, output_dir"

@@ -4,6 +4,7 @@ Files are decoded to uint8, cropped and flipped as uint8 in worker processes, tr
 become normalised floats on the device: a quarter of the memory traffic of float images.
 """
 
+import functools
 import io
 import os
 import signal
@@ -44,6 +45,8 @@ def read_image(path):
         UnreadableImage: the file is missing, torn or no image.
     """
     try:
+        if not os.path.isfile(path):
+            raise FileNotFoundError("no such file")
         encoded = np.fromfile(path, dtype=np.uint8)
         try:
             return _decode_with_torchvision(encoded)
@@ -66,7 +69,8 @@ def _decode_with_pillow(encoded):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # about metadata and large images, once for every file
         image = Image.open(io.BytesIO(encoded))
-        if image.mode.startswith("I"):  # 16 bits a pixel, which convert("RGB") clips at 255
+        if image.mode.startswith("I;16") or (image.mode == "I" and image.getextrema()[1] > 255):
+            # 16 bits a pixel, which convert("RGB") would clip at 255.
             gray = np.clip(np.asarray(image).astype(np.int64) >> 8, 0, 255).astype(np.uint8)
             image = Image.fromarray(gray)
         pixels = np.array(image.convert("RGB"))
@@ -132,6 +136,7 @@ def denormalize(images):
     return (images * std + mean).clamp(0, 1)
 
 
+@functools.cache  # making them on a GPU would wait for it, every time
 def _channel_statistics(device):
     """ImageNet's mean and standard deviation of the channels, each [3, 1, 1]."""
     statistics = torch.tensor([IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD], device=device)
@@ -177,8 +182,14 @@ class ImagePaths:
 def _image_names(root):
     """Paths of the image files below `root`, relative to it; hidden ones are passed over."""
     suffixes = tuple(suffix.encode() for suffix in IMAGE_SUFFIXES)
+    walked = set()
     for folder, subfolders, files in os.walk(root, followlinks=True):
-        subfolders[:] = [name for name in subfolders if not name.startswith(b".")]
+        real_folder = os.path.realpath(folder)
+        if real_folder in walked:  # links may lead in circles
+            subfolders.clear()
+            continue
+        walked.add(real_folder)
+        subfolders[:] = sorted(name for name in subfolders if not name.startswith(b"."))
         below_root = os.path.relpath(folder, root)
         for name in files:
             if name.lower().endswith(suffixes) and not name.startswith(b"."):

@@ -40,7 +40,8 @@ class RunLog:
         if process.is_main:
             self._log_file = Path(output_dir) / "log.txt"
             self._take_back(int(start))
-            purge_step = int(1000 * start) if start else None
+            # TensorBoard drops what an earlier writer put at this x and beyond it.
+            purge_step = int(1000 * start) + 1 if start else 0
             self._tensorboard = SummaryWriter(log_dir, purge_step=purge_step)
 
     def _take_back(self, first_epoch):
@@ -104,7 +105,9 @@ class EpochLog:
         self.run_log = run_log
         self.loader = loader
         self.epoch = epoch
-        self.totals = totals or dict(steps=0, images=0, loss=0.0, seconds=0.0, waited=0.0, bad=0)
+        self.totals = totals or dict(
+            steps=0, images=0, loss=0.0, lr=0.0, seconds=0.0, waited=0.0, bad=0
+        )
         self._bad_before = self.totals["bad"]
         self._bar = tqdm(
             total=len(loader),
@@ -134,7 +137,8 @@ class EpochLog:
     def add(self, step, loss, lr):
         """Note the loss of a step, a scalar on the device, without waiting for its value."""
         self._losses.append(loss.detach())
-        self._step, self._lr = step, lr
+        self._step = step
+        self.totals["lr"] = lr
         if (step + 1) % self.run_log.log_every == 0:
             self.flush()
 
@@ -190,9 +194,9 @@ class EpochLog:
 
     def _show(self, loss, images_per_s, waited_share):
         progress = self.epoch + (self._step + 1) / len(self.loader)
-        self.run_log.scalars(progress, train_loss=loss, lr=self._lr)
+        self.run_log.scalars(progress, train_loss=loss, lr=self.totals["lr"])
         status = (
-            f"loss {loss:.4f}  lr {self._lr:.2e}  {images_per_s:.1f} images/s  "
+            f"loss {loss:.4f}  lr {self.totals['lr']:.2e}  {images_per_s:.1f} images/s  "
             f"data wait {waited_share:.0%}  peak memory {peak_memory_gib():.2f} GiB"
         )
         if self.run_log.show_bar:
@@ -214,7 +218,7 @@ class EpochLog:
         return {
             "epoch": self.epoch,
             "train_loss": totals["loss"] / totals["steps"],
-            "train_lr": self._lr,
+            "train_lr": totals["lr"],
             "images_per_s": round(totals["images"] / totals["seconds"], 2),
             "data_wait": round(totals["waited"] / totals["seconds"], 4),
             "unreadable_images": totals["bad"],
