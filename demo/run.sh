@@ -14,5 +14,5 @@ run python main_pretrain.py --data_path demo/fashion_mnist --output_dir demo/out
     --model mae_vit_nano_patch4 --input_size 28 --batch_size 64 --lr 2e-3 \
     --epochs 8 --warmup_epochs 1 --device cpu
 run python main_visualize.py --checkpoint demo/output/checkpoint-last.pth \
-    --data_path demo/fashion_mnist --output demo/output/reconstructions.png --device cpu
+    --data_path demo/fashion_mnist --seed 1 --output demo/output/reconstructions.png --device cpu
 run python demo/summary.py demo/output

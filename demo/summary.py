@@ -17,7 +17,7 @@ def main(output_dir):
     print(f"checkpoint          {output_dir / 'checkpoint-last.pth'}")
     print(f"epochs as JSON      {output_dir / 'log.txt'}")
     print(f"curves              .venv/bin/tensorboard --logdir {output_dir}")
-    print("next, on your own images (a model this size, on a laptop's CPU):")
+    print("next, on your own images:")
     print(
         "  .venv/bin/python main_pretrain.py --data_path DIR --model mae_vit_tiny_patch16 "
         "--epochs 100 --warmup_epochs 10"
