@@ -17,8 +17,8 @@ import torch
 import models_mae
 from engine_pretrain import evaluate, train_one_epoch
 from util import cli, data, distributed, logs, optim, precision, seeding, visualize
-from util.checkpoint import LAST, Checkpointer, warn
-from util.errors import UserError
+from util.checkpoint import LAST, Checkpointer
+from util.errors import UserError, warn
 
 PICTURED_IMAGES = 8
 
@@ -105,7 +105,7 @@ def pretrain(args, process):
 
     # ---- optimizer
     groups = optim.weight_decay_groups(model, args.weight_decay)
-    optimizer = optim.adamw(groups, betas=(0.9, 0.95), device=process.device)
+    optimizer = optim.adamw(groups, betas=(0.9, 0.95))
     scaler = precision.grad_scaler(process.device, amp_dtype)
     schedule = {
         "lr": lr,

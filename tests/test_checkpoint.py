@@ -72,6 +72,7 @@ class RunsCode:
         return os.mkdir, ("executed",)
 
 
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
 def test_code_in_a_checkpoint_is_not_run(tmp_path, monkeypatch, user_error):
     monkeypatch.chdir(tmp_path)
     torch.save({"model": {"weight": torch.zeros(1)}, "extra": RunsCode()}, "zip.pth")
@@ -107,7 +108,7 @@ def test_a_state_that_is_not_finite_is_not_written(tmp_path, part, user_error):
 
     device = torch.device("cpu")
     model = torch.nn.Linear(2, 2)
-    optimizer = optim.adamw(model.parameters(), betas=(0.9, 0.95), device=device)
+    optimizer = optim.adamw(model.parameters(), betas=(0.9, 0.95))
     model(torch.ones(1, 2)).sum().backward()
     optimizer.step()
     checkpointer = Checkpointer(

@@ -59,7 +59,7 @@ def test_adamw_losses_equal_the_reference(case):
     model = reference_mae(case)
     recipe = case["adamw"]
     groups = weight_decay_groups(model, recipe["weight_decay"])
-    optimizer = adamw(groups, betas=tuple(recipe["betas"]), device=torch.device("cpu"))
+    optimizer = adamw(groups, betas=tuple(recipe["betas"]))
     for group in optimizer.param_groups:
         group["lr"] = recipe["lr"]
     losses = []

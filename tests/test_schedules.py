@@ -44,7 +44,7 @@ def test_learning_rate_without_warmup_and_with_warmup_to_the_end():
 def test_groups_scale_their_learning_rate():
     parameters = [torch.nn.Parameter(torch.zeros(1)) for _ in range(2)]
     groups = [{"params": parameters[0]}, {"params": parameters[1], "lr_scale": 0.25}]
-    optimizer = adamw(groups, betas=(0.9, 0.95), device=torch.device("cpu"))
+    optimizer = adamw(groups, betas=(0.9, 0.95))
     set_lr(optimizer, 2.0)
     assert [group["lr"] for group in optimizer.param_groups] == [2.0, 0.5]
 

@@ -4,7 +4,6 @@ import argparse
 import contextlib
 import os
 import signal
-import sys
 import time
 from pathlib import Path
 
@@ -14,7 +13,7 @@ import torch
 import torchvision
 
 from util import distributed
-from util.errors import UserError
+from util.errors import UserError, warn
 
 LAST = "checkpoint-last.pth"
 FORMAT = 1
@@ -283,9 +282,3 @@ def _tensors(value):
     elif isinstance(value, (dict, list)):
         for item in value.values() if isinstance(value, dict) else value:
             yield from _tensors(item)
-
-
-def warn(message):
-    """One line on stderr, from the main process alone."""
-    if int(os.environ.get("RANK", 0)) == 0:
-        print(f"warning: {message}", file=sys.stderr, flush=True)
