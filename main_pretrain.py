@@ -16,7 +16,7 @@ import torch
 
 import models_mae
 from engine_pretrain import evaluate, train_one_epoch
-from util import cli, data, distributed, logs, optim, precision, seeding, visualize
+from util import cli, data, distributed, image_files, logs, optim, precision, seeding, visualize
 from util.checkpoint import LAST, Checkpointer
 from util.errors import UserError, warn
 
@@ -67,7 +67,7 @@ def pretrain(args, process):
         cli.make_writable(log_dir, "--log_dir")
 
     # ---- data
-    train_paths = data.find_images(args.data_path, "train")
+    train_paths = image_files.find_images(args.data_path, "train")
     if len(train_paths) < effective_batch:
         raise UserError(
             f"{args.data_path} has {len(train_paths)} training images, fewer than one global batch "
@@ -82,7 +82,7 @@ def pretrain(args, process):
         process,
         **loading,
     )
-    val_paths = data.find_images(args.data_path, "val")
+    val_paths = image_files.find_images(args.data_path, "val")
     val_images = data.ImageDataset(
         val_paths or train_paths, data.eval_transform(args.input_size), args.seed
     )

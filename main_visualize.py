@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 
 import models_mae
-from util import cli, data, distributed, visualize
+from util import cli, data, distributed, image_files, visualize
 from util.checkpoint import load_checkpoint
 from util.errors import UserError
 
@@ -93,13 +93,15 @@ def main(args):
     # ---- data
     paths = args.images
     if args.data_path is not None:
-        found = data.find_images(args.data_path, "val") or data.find_images(args.data_path, "train")
+        found = image_files.find_images(args.data_path, "val") or image_files.find_images(
+            args.data_path, "train"
+        )
         chosen = np.random.default_rng(args.seed).permutation(len(found))[: args.num_images]
         paths = [found[index] for index in chosen.tolist()]
     transform = data.picture_transform(config["input_size"])
     try:
-        imgs = torch.stack([transform(data.read_image(path)) for path in paths])
-    except data.UnreadableImage as error:
+        imgs = torch.stack([transform(image_files.read_image(path)) for path in paths])
+    except image_files.UnreadableImage as error:
         raise UserError(f"unreadable image {error}") from error
 
     # ---- picture

@@ -3,10 +3,10 @@
     python -m benchmarks.index_memory --json benchmarks/results/index_memory.json
 
 Workers touch every path, as an epoch would, then report the memory that is theirs alone (Linux's
-private pages, USS). Shown is what `util.data.ImagePaths` adds to a worker with an index of one
-path, and, for contrast, what a plain list of the same paths adds: forked workers copy its pages as
-reference counts are written, others receive it whole. Expected: at most 20 MB for the index, else
-the exit code is 1. Takes about a minute.
+private pages, USS). Shown is what `ImagePaths` of util/image_files.py adds to a worker with an
+index of one path, and, for contrast, what a plain list of the same paths adds: forked workers copy
+its pages as reference counts are written, others receive it whole. Expected: at most 20 MB for the
+index, else the exit code is 1. Takes about a minute.
 """
 
 import argparse
@@ -21,7 +21,7 @@ from unittest import mock
 
 import torch
 
-from util import data
+from util import image_files
 
 LIMIT_MB = 20
 IMAGES_PER_CLASS = 1300
@@ -54,8 +54,8 @@ def image_names(count):
 
 def index_of(count, folder):
     """An `ImagePaths` of that many images."""
-    with mock.patch.object(data, "_image_names", lambda root: image_names(count)):
-        return data.ImagePaths(folder)
+    with mock.patch.object(image_files, "_image_names", lambda root: image_names(count)):
+        return image_files.ImagePaths(folder)
 
 
 def list_of(count, folder):

@@ -20,7 +20,7 @@ import torch
 from PIL import Image
 from torchvision import transforms
 
-from util import data
+from util import data, image_files
 from util.distributed import Process
 from util.errors import UserError
 
@@ -120,7 +120,7 @@ def torn_album(album, tmp_path):
 
 def image_loader(root, *, batch_size=4, num_workers=0, seed=0):
     """A loader of training batches of 16 x 16 pixels for a single process."""
-    paths = data.ImagePaths(root)
+    paths = image_files.ImagePaths(root)
     dataset = data.ImageDataset(paths, data.pretrain_transform(16), seed)
     batches = data.ShuffledBatches(len(paths), batch_size, ALONE, seed)
     return data.ImageLoader(dataset, batches, ALONE, num_workers=num_workers, pin_mem=False)
@@ -170,10 +170,10 @@ def test_every_format_is_found_and_reads_as_pillow_converts_it(
     encoded = encode(image_format, mode, **options)
     expected = pixels(Image.open(io.BytesIO(encoded)))
     names = [f"1.{suffix.upper()}", f"2.{suffix}", f"3.{suffix.capitalize()}"]
-    paths = data.ImagePaths(fill(tmp_path, names, encoded))
+    paths = image_files.ImagePaths(fill(tmp_path, names, encoded))
     assert relative_names(paths) == names
     for path in paths:
-        image = data.read_image(path)
+        image = image_files.read_image(path)
         assert image.dtype == torch.uint8
         assert torch.equal(image, expected)
 
@@ -182,7 +182,7 @@ def test_every_format_is_found_and_reads_as_pillow_converts_it(
 def test_lossless_formats_give_back_the_pixels_that_were_saved(tmp_path, suffix):
     image = photograph(61, 47)
     image.save(tmp_path / f"image.{suffix}")
-    assert torch.equal(data.read_image(tmp_path / f"image.{suffix}"), pixels(image))
+    assert torch.equal(image_files.read_image(tmp_path / f"image.{suffix}"), pixels(image))
 
 
 def test_of_an_animation_the_first_frame_is_read(tmp_path):
@@ -190,7 +190,7 @@ def test_of_an_animation_the_first_frame_is_read(tmp_path):
     for suffix in ("gif", "webp", "png"):
         path = tmp_path / f"animation.{suffix}"
         frames[0].save(path, save_all=True, append_images=frames[1:], lossless=True)
-        assert torch.equal(data.read_image(path), pixels(frames[0]))
+        assert torch.equal(image_files.read_image(path), pixels(frames[0]))
 
 
 def deep_values(channels):
@@ -231,7 +231,7 @@ def test_16_bits_are_scaled_to_8(tmp_path, channels, encoded):
     path.write_bytes(encoded)
     colors = deep_values(channels)[..., : 3 if channels > 2 else 1]
     expected = torch.from_numpy((colors >> 8).astype(np.uint8)).permute(2, 0, 1).expand(3, -1, -1)
-    assert torch.equal(data.read_image(path), expected)
+    assert torch.equal(image_files.read_image(path), expected)
 
 
 @pytest.mark.parametrize(
@@ -252,14 +252,14 @@ def test_16_bits_are_scaled_to_8(tmp_path, channels, encoded):
 def test_a_broken_file_is_unreadable_by_name(tmp_path, content):
     path = tmp_path / "broken image.jpg"
     path.write_bytes(content)
-    with pytest.raises(data.UnreadableImage, match=r"broken image\.jpg"):
-        data.read_image(path)
+    with pytest.raises(image_files.UnreadableImage, match=r"broken image\.jpg"):
+        image_files.read_image(path)
 
 
 def test_a_missing_file_and_a_folder_are_unreadable_by_name(tmp_path):
     for path in (tmp_path / "missing.jpg", fill(tmp_path / "folder.jpg", ["1.jpg"])):
-        with pytest.raises(data.UnreadableImage, match=path.name):
-            data.read_image(path)
+        with pytest.raises(image_files.UnreadableImage, match=path.name):
+            image_files.read_image(path)
 
 
 def flip_a_bit(encoded):
@@ -316,7 +316,7 @@ def test_pretrain_transform_agrees_with_the_pillow_pipeline(photograph_file, siz
         ]
     )
     transform = data.pretrain_transform(size)
-    image, opened = data.read_image(photograph_file), Image.open(photograph_file)
+    image, opened = image_files.read_image(photograph_file), Image.open(photograph_file)
     flips = set()
     for seed in range(6):
         torch.manual_seed(seed)
@@ -345,7 +345,7 @@ def test_pretrain_transform_agrees_with_the_pillow_pipeline(photograph_file, siz
 )
 def test_eval_transform_agrees_with_the_pillow_pipeline(photograph_file, size, resized):
     """With a margin of 256 / 224 up to 224, without one above."""
-    image, opened = data.read_image(photograph_file), Image.open(photograph_file)
+    image, opened = image_files.read_image(photograph_file), Image.open(photograph_file)
     center_crop = transforms.CenterCrop(size)
     whole = transforms.Resize(resized, transforms.InterpolationMode.BICUBIC)(opened)
     cropped = data.eval_transform(size)(image)
@@ -415,41 +415,41 @@ def test_denormalize_clamps_to_colors():
     ids=["labelled", "flat train", "nested train", "flat", "labelled without train", "nested"],
 )
 def test_training_images_are_those_below_train_or_else_all(tmp_path, names, expected):
-    paths = data.find_images(fill(tmp_path, names), "train")
+    paths = image_files.find_images(fill(tmp_path, names), "train")
     assert relative_names(paths) == expected
     assert len(paths) == len(expected)
-    assert all(data.read_image(path).shape == (3, 47, 61) for path in paths)
+    assert all(image_files.read_image(path).shape == (3, 47, 61) for path in paths)
 
 
 def test_held_out_images_are_those_below_val_or_none(tmp_path):
     fill(tmp_path, ["train/cat/1.jpg", "2.jpg"])
-    assert data.find_images(tmp_path, "val") is None
+    assert image_files.find_images(tmp_path, "val") is None
     fill(tmp_path, ["val/cat/3.jpg"])
-    assert relative_names(data.find_images(tmp_path, "val")) == ["cat/3.jpg"]
+    assert relative_names(image_files.find_images(tmp_path, "val")) == ["cat/3.jpg"]
 
 
 def test_hidden_files_and_other_files_are_ignored(tmp_path):
     fill(tmp_path, [".1.jpg", "._2.jpg", ".cache/3.jpg", "a/.b/4.jpg", "a/._5.jpg"])
     fill(tmp_path, ["labels.csv", "a/notes.txt", "a/6.jpg.txt", "a/jpg", "a/7jpg", "Thumbs.db"])
     fill(tmp_path, ["a/8.jpg", "folder.jpg/9.jpg"])
-    assert relative_names(data.ImagePaths(tmp_path)) == ["a/8.jpg", "folder.jpg/9.jpg"]
+    assert relative_names(image_files.ImagePaths(tmp_path)) == ["a/8.jpg", "folder.jpg/9.jpg"]
 
 
 def test_links_in_circles_count_an_image_once_and_a_pipe_is_unreadable(tmp_path):
     fill(tmp_path, ["a/1.jpg", "2.jpg"])
     (tmp_path / "a/up").symlink_to(tmp_path)
     (tmp_path / "a/self").symlink_to(tmp_path / "a")
-    assert relative_names(data.ImagePaths(tmp_path)) == ["2.jpg", "a/1.jpg"]
+    assert relative_names(image_files.ImagePaths(tmp_path)) == ["2.jpg", "a/1.jpg"]
     os.mkfifo(tmp_path / "pipe.jpg")
-    with pytest.raises(data.UnreadableImage, match=r"pipe\.jpg"):
-        data.read_image(tmp_path / "pipe.jpg")
+    with pytest.raises(image_files.UnreadableImage, match=r"pipe\.jpg"):
+        image_files.read_image(tmp_path / "pipe.jpg")
 
 
 def test_32_bit_integers_of_8_bits_are_kept_and_of_16_are_scaled(tmp_path):
     values = np.arange(256, dtype=np.int32).reshape(16, 16)
     for scale in (1, 256):
         Image.fromarray(values * scale).save(tmp_path / "deep.tif")
-        assert np.array_equal(data.read_image(tmp_path / "deep.tif")[0], values)
+        assert np.array_equal(image_files.read_image(tmp_path / "deep.tif")[0], values)
 
 
 def test_symlinked_folders_and_files_are_followed(tmp_path):
@@ -457,10 +457,12 @@ def test_symlinked_folders_and_files_are_followed(tmp_path):
     fill(tmp_path / "images", ["train/dog/3.jpg"])
     (tmp_path / "images/train/cat").symlink_to(elsewhere / "cats")
     (tmp_path / "images/train/dog/4.jpg").symlink_to(elsewhere / "2.jpg")
-    paths = data.find_images(tmp_path / "images", "train")
+    paths = image_files.find_images(tmp_path / "images", "train")
     assert relative_names(paths) == ["cat/1.jpg", "dog/3.jpg", "dog/4.jpg"]
     (tmp_path / "linked").symlink_to(tmp_path / "images")
-    assert relative_names(data.find_images(tmp_path / "linked", "train")) == relative_names(paths)
+    assert relative_names(image_files.find_images(tmp_path / "linked", "train")) == relative_names(
+        paths
+    )
 
 
 @pytest.mark.parametrize(
@@ -478,14 +480,14 @@ def test_symlinked_folders_and_files_are_followed(tmp_path):
     ids=ascii,
 )
 def test_any_name_is_found_and_read(tmp_path, name):
-    (path,) = data.find_images(fill(tmp_path, [name]), "train")
+    (path,) = image_files.find_images(fill(tmp_path, [name]), "train")
     assert os.fsencode(path) == os.path.join(os.fsencode(tmp_path), os.fsencode(name))
-    assert data.read_image(path).shape == (3, 47, 61)
+    assert image_files.read_image(path).shape == (3, 47, 61)
 
 
 def test_paths_are_in_the_order_of_their_bytes(tmp_path):
     names = ["b/1.jpg", "a/9.jpg", "a/10.jpg", "a b/1.jpg", "a.jpg", "Z.jpg", "\u00e4.jpg", "z.jpg"]
-    paths = data.ImagePaths(fill(tmp_path, names))
+    paths = image_files.ImagePaths(fill(tmp_path, names))
     expected = sorted(names, key=os.fsencode)
     assert relative_names(paths) == expected
     for index in (5, 0, 7, 4):
@@ -495,9 +497,9 @@ def test_paths_are_in_the_order_of_their_bytes(tmp_path):
 def test_the_fingerprint_is_that_of_the_names(tmp_path):
     """Wherever the folder is and in whatever order its files were written."""
     names = ["a/1.jpg", "a/2.jpg", "b/1.jpg"]
-    fingerprint = data.ImagePaths(fill(tmp_path / "original", names)).fingerprint
+    fingerprint = image_files.ImagePaths(fill(tmp_path / "original", names)).fingerprint
     copy = fill(tmp_path / "copy", reversed(names))
-    assert data.ImagePaths(copy).fingerprint == fingerprint
+    assert image_files.ImagePaths(copy).fingerprint == fingerprint
     seen = {fingerprint}
     for number, changed in enumerate(
         [
@@ -509,7 +511,7 @@ def test_the_fingerprint_is_that_of_the_names(tmp_path):
         ],
         start=1,
     ):
-        seen.add(data.ImagePaths(fill(tmp_path / str(number), changed)).fingerprint)
+        seen.add(image_files.ImagePaths(fill(tmp_path / str(number), changed)).fingerprint)
         assert len(seen) == 1 + number
 
 
@@ -517,18 +519,18 @@ def test_the_fingerprint_is_that_of_the_names(tmp_path):
 def test_folders_without_images_are_the_users_error(tmp_path, split):
     (tmp_path / split).mkdir()
     with pytest.raises(UserError, match=f"{split} has no images"):
-        data.find_images(tmp_path, split)
+        image_files.find_images(tmp_path, split)
     fill(tmp_path, [f"{split}/notes.txt", f"{split}/.1.jpg"])
     with pytest.raises(UserError, match=f"{split} has no images"):
-        data.find_images(tmp_path, split)
+        image_files.find_images(tmp_path, split)
 
 
 def test_a_missing_path_and_a_file_are_the_users_error(tmp_path):
     with pytest.raises(UserError, match="missing does not exist"):
-        data.find_images(tmp_path / "missing", "train")
+        image_files.find_images(tmp_path / "missing", "train")
     fill(tmp_path, ["1.jpg"])
     with pytest.raises(UserError, match=r"1\.jpg is a file"):
-        data.find_images(tmp_path / "1.jpg", "train")
+        image_files.find_images(tmp_path / "1.jpg", "train")
 
 
 @pytest.mark.parametrize("count", [1, 30, 100])
@@ -536,14 +538,14 @@ def test_a_folder_with_no_readable_image_is_the_users_error(tmp_path, count):
     names = [f"{index:03d}.jpg" for index in range(count)]
     fill(tmp_path, names, b"torn")
     with pytest.raises(UserError, match=r"no readable images.*000\.jpg"):
-        data.find_images(tmp_path, "train")
+        image_files.find_images(tmp_path, "train")
 
 
 @pytest.mark.parametrize("readable", range(0, 20, 3))
 def test_one_readable_image_in_a_small_folder_is_enough(tmp_path, readable):
     fill(tmp_path, [f"{index:03d}.jpg" for index in range(20)], b"torn")
     fill(tmp_path, [f"{readable:03d}.jpg"])
-    assert len(data.find_images(tmp_path, "train")) == 20
+    assert len(image_files.find_images(tmp_path, "train")) == 20
 
 
 # ---- samples
@@ -552,7 +554,7 @@ def test_one_readable_image_in_a_small_folder_is_enough(tmp_path, readable):
 @pytest.fixture
 def copies(tmp_path):
     """Four files of one image, whose samples differ by their augmentation alone."""
-    return data.ImagePaths(fill(tmp_path / "copies", [f"{index}.jpg" for index in range(4)]))
+    return image_files.ImagePaths(fill(tmp_path / "copies", [f"{index}.jpg" for index in range(4)]))
 
 
 def test_a_sample_is_a_function_of_seed_epoch_and_index(copies):
@@ -587,8 +589,8 @@ def test_a_loader_yields_the_samples_of_its_batches(torn_album, num_workers):
 
 
 def test_an_unreadable_image_is_replaced_by_a_readable_one(torn_album):
-    paths = data.ImagePaths(torn_album)
-    album = {index: data.read_image(paths[index]) for index in (0, 2, 3, 4, *range(7, 12))}
+    paths = image_files.ImagePaths(torn_album)
+    album = {index: image_files.read_image(paths[index]) for index in (0, 2, 3, 4, *range(7, 12))}
     datasets = [data.ImageDataset(paths, torch.nn.Identity(), seed=0) for _ in range(2)]
     replacements = set()
     for epoch, index in itertools.product(range(4), (1, 5, 6)):
@@ -601,7 +603,7 @@ def test_an_unreadable_image_is_replaced_by_a_readable_one(torn_album):
 
 
 def test_a_sample_of_unreadable_images_alone_is_black_and_flagged(tmp_path):
-    paths = data.ImagePaths(fill(tmp_path, ["1.jpg", "2.jpg"], b"torn"))
+    paths = image_files.ImagePaths(fill(tmp_path, ["1.jpg", "2.jpg"], b"torn"))
     dataset = data.ImageDataset(paths, data.pretrain_transform(16), seed=0)
     for epoch, index in itertools.product(range(5), (0, 1)):
         image, returned, readable = dataset[epoch, index]
@@ -622,7 +624,7 @@ def test_unreadable_images_are_counted_an_epoch_and_warned_of_once(torn_album, n
 
 
 def test_evaluation_batches_say_which_images_were_readable(torn_album):
-    paths = data.ImagePaths(torn_album)
+    paths = image_files.ImagePaths(torn_album)
     dataset = data.ImageDataset(paths, data.eval_transform(16), seed=0)
     batches = data.OrderedBatches(len(paths), 5, ALONE)
     loader = data.ImageLoader(dataset, batches, ALONE, num_workers=0, pin_mem=False)

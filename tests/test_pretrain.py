@@ -14,7 +14,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 import models_mae
 from engine_pretrain import evaluate
-from util import data
+from util import data, image_files
 from util.checkpoint import load_checkpoint
 from util.distributed import Process
 from util.lr_sched import warmup_cosine_lr
@@ -231,11 +231,11 @@ def test_held_out_loss_is_the_mean_over_readable_images_under_fixed_masks(tmp_pa
     (tmp_path / "002.png").write_bytes(b"no image")
     torch.manual_seed(0)
     model = models_mae.build_model("tiny_test_model", img_size=8)
-    paths = data.ImagePaths(tmp_path)
+    paths = image_files.ImagePaths(tmp_path)
     transform = data.eval_transform(8)
     losses = []
     for index in (0, 1, 3, 4, 5):
-        image = data.normalize(transform(data.read_image(paths[index]))[None])
+        image = data.normalize(transform(image_files.read_image(paths[index]))[None])
         noise = uniform_noise((1, 4), 7, "held-out mask", index).view(1, 4)
         losses.append(model(image, 0.75, noise)[0].item())
     process = Process(0, 1, torch.device("cpu"))

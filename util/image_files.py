@@ -1,0 +1,138 @@
+"""Image files: finding them below a folder, and decoding them to uint8."""
+
+import io
+import os
+import warnings
+import zlib
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torchvision.io import ImageReadMode, decode_image
+
+from util.errors import UserError
+
+IMAGE_SUFFIXES = ".jpg .jpeg .jpe .jfif .png .webp .gif .bmp .tif .tiff .ppm .pgm .pbm .pnm".split()
+
+
+class UnreadableImage(Exception):
+    """A file that no decoder reads."""
+
+
+def read_image(path):
+    """Decode an image file to a uint8 tensor [3, H, W], as Pillow's convert("RGB") would.
+
+    16-bit images are scaled to 8 bits, of an animation the first frame counts.
+
+    Raises:
+        UnreadableImage: the file is missing, torn or no image.
+    """
+    try:
+        if not os.path.isfile(path):
+            raise FileNotFoundError("no such file")
+        encoded = np.fromfile(path, dtype=np.uint8)
+        try:
+            return _decode_with_torchvision(encoded)
+        except (RuntimeError, ValueError):
+            return _decode_with_pillow(encoded)
+    except Exception as error:  # decoders raise anything on broken files
+        raise UnreadableImage(f"{path}: {error}") from error
+
+
+def _decode_with_torchvision(encoded):
+    """JPEG and WebP, to the bit as Pillow and faster; a ValueError for other formats."""
+    # PNG would be no faster, and a damaged one ends the process in torchvision 0.29.
+    if encoded[:4].tobytes() in (b"\x89PNG", b"GIF8"):
+        raise ValueError("left to Pillow")
+    return decode_image(torch.from_numpy(encoded), mode=ImageReadMode.RGB)
+
+
+def _decode_with_pillow(encoded):
+    """Everything that Pillow reads."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # about metadata and large images, once for every file
+        image = Image.open(io.BytesIO(encoded))
+        if image.mode.startswith("I;16") or (image.mode == "I" and image.getextrema()[1] > 255):
+            # 16 bits a pixel, which convert("RGB") would clip at 255.
+            gray = np.clip(np.asarray(image).astype(np.int64) >> 8, 0, 255).astype(np.uint8)
+            image = Image.fromarray(gray)
+        pixels = np.array(image.convert("RGB"))
+    return torch.from_numpy(pixels).permute(2, 0, 1)
+
+
+class ImagePaths:
+    """The sorted paths of all images below a folder, in two tensors that processes share.
+
+    A list of a million strings would be copied into every worker as its reference counts are
+    written; here a worker adds nothing, however it was started.
+
+    Raises:
+        UserError: the folder is missing, not a folder or without images.
+    """
+
+    def __init__(self, root):
+        root = Path(root)
+        if not root.is_dir():
+            kind = "is a file, not a folder" if root.exists() else "does not exist"
+            raise UserError(f"{root} {kind}: give a folder of images")
+        self.root = os.fsencode(root)
+        names = sorted(_image_names(self.root))
+        if not names:
+            raise UserError(f"{root} has no images ({' '.join(IMAGE_SUFFIXES)}) in it or below")
+        self.fingerprint = zlib.crc32(b"\0".join(names))
+        self._ends = torch.tensor([len(name) for name in names]).cumsum(0).share_memory_()
+        self._names = torch.frombuffer(bytearray(b"".join(names)), dtype=torch.uint8)
+        self._names.share_memory_()
+
+    def __len__(self):
+        return len(self._ends)
+
+    def __getitem__(self, index):
+        start = self._ends[index - 1].item() if index else 0
+        name = self._names[start : self._ends[index].item()].numpy().tobytes()
+        return os.fsdecode(os.path.join(self.root, name))
+
+
+def _image_names(root):
+    """Paths of the image files below `root`, relative to it; hidden ones are passed over."""
+    suffixes = tuple(suffix.encode() for suffix in IMAGE_SUFFIXES)
+    walked = set()
+    for folder, subfolders, files in os.walk(root, followlinks=True):
+        real_folder = os.path.realpath(folder)
+        if real_folder in walked:  # links may lead in circles
+            subfolders.clear()
+            continue
+        walked.add(real_folder)
+        subfolders[:] = sorted(name for name in subfolders if not name.startswith(b"."))
+        below_root = os.path.relpath(folder, root)
+        for name in files:
+            if name.lower().endswith(suffixes) and not name.startswith(b"."):
+                yield name if below_root == b"." else os.path.join(below_root, name)
+
+
+def find_images(data_path, split):
+    """Images of data_path/`split`, or None without such a folder.
+
+    For split "train" data_path itself stands in for a missing folder, as pre-training needs no
+    labels.
+
+    Raises:
+        UserError: no images there, or none of a sample of them readable.
+    """
+    folder = Path(data_path) / split
+    if not folder.is_dir():
+        if split != "train":
+            return None
+        folder = data_path
+    paths = ImagePaths(folder)
+    probes = np.unique(np.linspace(0, len(paths) - 1, 32).astype(int))
+    for index in probes.tolist():
+        try:
+            read_image(paths[index])
+            return paths
+        except UnreadableImage:
+            continue
+    raise UserError(
+        f"{folder} has no readable images: each of {len(probes)} tried, such as {paths[0]}, failed"
+    )
