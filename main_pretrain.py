@@ -122,7 +122,7 @@ def pretrain(args, process):
         model=model,
         optimizer=optimizer,
         scaler=scaler,
-        args=vars(args),
+        flags=vars(args),
         training={
             **{flag: value for flag, value in vars(args).items() if flag not in cli.FREE_FLAGS},
             "processes": process.world_size,

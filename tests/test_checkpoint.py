@@ -118,7 +118,7 @@ def test_a_state_that_is_not_finite_is_not_written(tmp_path, part, user_error):
         model=model,
         optimizer=optimizer,
         scaler=precision.grad_scaler(device, None),
-        args={},
+        flags={},
         training={},
         save_minutes=5,
     )

@@ -384,5 +384,5 @@ def test_a_run_that_died_in_evaluation_keeps_its_curves(pretrain_flags, pretrain
 
 def test_non_finite_loss_stops_without_a_checkpoint(pretrain_flags, pretrain, user_error):
     message = user_error(lambda: pretrain(pretrain_flags | {"lr": 1e30, "warmup_epochs": 0}))
-    assert "epoch 0, step 1, rank 0" in message or "not finite" in message
+    assert "epoch 0, step 1, rank 0" in message
     assert not list(pretrain_flags["output_dir"].glob("*.pth"))

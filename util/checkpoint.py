@@ -108,7 +108,7 @@ class Checkpointer:
         command: the kind of training, such as "main_pretrain.py".
         model: the module without its `data_parallel` wrapper.
         optimizer, scaler: of the training.
-        args: the flags, a dict of plain values.
+        flags: all flags of the command, a dict of plain values.
         training: the settings that define the training; it resumes under the same ones alone.
         save_minutes: how often `LAST` is renewed within an epoch.
     """
@@ -122,14 +122,14 @@ class Checkpointer:
         model,
         optimizer,
         scaler,
-        args,
+        flags,
         training,
         save_minutes,
     ):
         self.output_dir = Path(output_dir)
         self.process = process
         self.model, self.optimizer, self.scaler = model, optimizer, scaler
-        self.fixed = {"format": FORMAT, "command": command, "args": args, "training": training}
+        self.fixed = {"format": FORMAT, "command": command, "args": flags, "training": training}
         self.save_seconds = 60 * save_minutes
         self._next_save = time.monotonic() + self.save_seconds
         self._signal = 0
