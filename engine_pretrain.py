@@ -3,8 +3,8 @@
 import torch
 
 from util import distributed
-from util.logs import EpochLog
 from util.lr_sched import set_lr, warmup_cosine_lr
+from util.optim import clip_and_step
 from util.precision import autocast
 from util.seeding import uniform_noise
 
@@ -15,18 +15,14 @@ def train_one_epoch(
     optimizer,
     scaler,
     *,
+    run,
     epoch,
-    first_step,
-    totals,
     schedule,
     mask_ratio,
     accum_iter,
     clip_grad,
     amp_dtype,
     seed,
-    process,
-    run_log,
-    checkpointer,
 ):
     """Train for the rest of an epoch.
 
@@ -34,15 +30,14 @@ def train_one_epoch(
         model: a MaskedAutoencoderViT, or its data-parallel wrapper.
         loader: an `ImageLoader` of training images.
         optimizer, scaler: an optimizer and a gradient scaler, which may be disabled.
-        epoch, first_step, totals: where to take up; totals are those of the `EpochLog` so far.
+        run: the `Run`, which shows and saves the epoch and knows the step it takes up at.
+        epoch: counted from 0.
         schedule: lr, min_lr, warmup_epochs and epochs of the learning rate.
         mask_ratio: share of the patches to remove.
         accum_iter: steps whose gradients make one update; fewer at the end of the epoch.
         clip_grad: largest norm of the gradients, or None.
         amp_dtype: type to compute in under autocast, or None for float32.
         seed: of the masks, which are a function of (seed, epoch, step, rank).
-        process: this `distributed.Process`.
-        run_log, checkpointer: where the epoch is shown and saved.
 
     Returns:
         the epoch's entries for log.txt.
@@ -50,9 +45,9 @@ def train_one_epoch(
     model.train()
     steps = len(loader)
     num_patches = distributed.unwrap(model).patch_embed.num_patches
-    log = EpochLog(run_log, loader, epoch=epoch, first_step=first_step, totals=totals)
+    log = run.epoch_log(loader, epoch)
 
-    for step, imgs in log.watch(loader.epoch(epoch, first_step)):
+    for step, imgs, _ in log.steps():
         group_start = step - step % accum_iter
         group_size = min(accum_iter, steps - group_start)
         updates = step + 1 == group_start + group_size
@@ -60,7 +55,7 @@ def train_one_epoch(
             lr = warmup_cosine_lr(epoch + step / steps, **schedule)
             set_lr(optimizer, lr)
 
-        mask_key = (seed, "mask", epoch, step, process.rank)
+        mask_key = (seed, "mask", epoch, step, run.process.rank)
         noise = uniform_noise((len(imgs), num_patches), *mask_key, device=imgs.device)
         with distributed.sync_gradients(model, when=updates):
             with autocast(imgs.device, amp_dtype):
@@ -68,16 +63,10 @@ def train_one_epoch(
             scaler.scale(loss / group_size).backward()
 
         if updates:
-            if clip_grad is not None:
-                scaler.unscale_(optimizer)
-                torch.nn.utils.clip_grad_norm_(model.parameters(), clip_grad)
-            scaler.step(optimizer)
-            scaler.update()
-            optimizer.zero_grad()
-
+            clip_and_step(model, optimizer, scaler, clip_grad)
         log.add(step, loss, lr)
         if updates:
-            checkpointer.save_if_due(epoch=epoch, step=step + 1, epoch_log=log)
+            run.save_if_due(log, step + 1)
 
     return log.summary()
 
@@ -100,7 +89,8 @@ def evaluate(model, loader, *, mask_ratio, amp_dtype, seed):
     model.eval()
     num_patches = model.patch_embed.num_patches
     losses, counts = [], []
-    for imgs, indices, readable in loader:
+    for imgs, _, indices, readable in loader:
+        loader.warn_unreadable(indices[~readable])
         if not readable.any():
             continue
         noise = torch.stack(

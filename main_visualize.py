@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 
 import models_mae
-from util import cli, data, distributed, image_files, visualize
+from util import cli, data, distributed, flags, image_files, visualize
 from util.checkpoint import load_checkpoint
 from util.errors import UserError
 
@@ -39,12 +39,12 @@ def get_args_parser():
     parser.add_argument(
         "--seed", type=cli.integer(0), default=0, help="of the masks and the choice"
     )
-    cli.add_device_flag(parser)
+    flags.add_device_flag(parser)
     unsaid = parser.add_argument_group(
         "For checkpoints that hold weights alone", "ours say all of this themselves"
     )
     unsaid.add_argument("--model", metavar="NAME", help="name of the model")
-    cli.add_input_size_flag(unsaid, default=None)
+    flags.add_input_size_flag(unsaid, default=None)
     unsaid.add_argument(
         "--norm_pix_loss", action="store_true", default=None, help="it predicts normalised pixels"
     )

@@ -51,11 +51,7 @@ class MaskedAutoencoderViT(nn.Module):
     ):
         super().__init__()
         img_size, patch_size = to_2tuple(img_size), to_2tuple(patch_size)
-        if any(i < p or i % p for i, p in zip(img_size, patch_size, strict=True)):
-            raise UserError(
-                f"input_size {img_size[0]} x {img_size[1]} (height x width) is not divisible by "
-                f"the patch of {patch_size[0]} x {patch_size[1]} pixels: choose a multiple of it"
-            )
+        check_patches(img_size, patch_size)
         self.in_chans = in_chans
         self.norm_pix_loss = norm_pix_loss
 
@@ -194,6 +190,15 @@ class MaskedAutoencoderViT(nn.Module):
         pred = self.forward_decoder(latent, ids_restore)
         loss = self.forward_loss(imgs, pred, mask)
         return loss, pred, mask
+
+
+def check_patches(img_size, patch_size):
+    """Refuse, with a UserError, patches that don't divide the image, each (height, width)."""
+    if any(i < p or i % p for i, p in zip(img_size, patch_size, strict=True)):
+        raise UserError(
+            f"input_size {img_size[0]} x {img_size[1]} (height x width) is not divisible by "
+            f"the patch of {patch_size[0]} x {patch_size[1]} pixels: choose a multiple of it"
+        )
 
 
 def factory(patch_size, encoder, decoder):

@@ -103,7 +103,7 @@ def test_the_newest_whole_checkpoint_is_found(tmp_path, capsys, user_error):
 @pytest.mark.parametrize("part", ["model", "optimizer"])
 def test_a_state_that_is_not_finite_is_not_written(tmp_path, part, user_error):
     from util import optim, precision
-    from util.checkpoint import Checkpointer
+    from util.checkpointer import Checkpointer
     from util.distributed import Process
 
     device = torch.device("cpu")
@@ -114,12 +114,13 @@ def test_a_state_that_is_not_finite_is_not_written(tmp_path, part, user_error):
     checkpointer = Checkpointer(
         tmp_path,
         Process(0, 1, device),
-        command="test",
-        model=model,
-        optimizer=optimizer,
-        scaler=precision.grad_scaler(device, None),
-        flags={},
-        training={},
+        state={
+            "model": model,
+            "optimizer": optimizer,
+            "scaler": precision.grad_scaler(device, None),
+        },
+        settings={},
+        contents={},
         save_minutes=5,
     )
     assert checkpointer.save("good.pth", epoch=0, step=1)

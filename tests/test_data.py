@@ -20,7 +20,7 @@ import torch
 from PIL import Image
 from torchvision import transforms
 
-from util import data, image_files
+from util import data, image_files, loading
 from util.distributed import Process
 from util.errors import UserError
 
@@ -121,9 +121,9 @@ def torn_album(album, tmp_path):
 def image_loader(root, *, batch_size=4, num_workers=0, seed=0):
     """A loader of training batches of 16 x 16 pixels for a single process."""
     paths = image_files.ImagePaths(root)
-    dataset = data.ImageDataset(paths, data.pretrain_transform(16), seed)
-    batches = data.ShuffledBatches(len(paths), batch_size, ALONE, seed)
-    return data.ImageLoader(dataset, batches, ALONE, num_workers=num_workers, pin_mem=False)
+    dataset = loading.ImageDataset(paths, data.pretrain_transform(16), seed)
+    batches = loading.ShuffledBatches(len(paths), batch_size, ALONE, seed)
+    return loading.ImageLoader(dataset, batches, ALONE, num_workers=num_workers, pin_mem=False)
 
 
 # ---- reading one file
@@ -559,18 +559,18 @@ def copies(tmp_path):
 
 def test_a_sample_is_a_function_of_seed_epoch_and_index(copies):
     transform = data.pretrain_transform(16)
-    datasets = [data.ImageDataset(copies, transform, seed) for seed in (0, 1)]
+    datasets = [loading.ImageDataset(copies, transform, seed) for seed in (0, 1)]
     keys = list(itertools.product((0, 1), (0, 1, 2), range(4)))
     samples = {}
     for seed, epoch, index in keys:
-        image, returned, readable = datasets[seed][epoch, index]
+        image, _, returned, readable = datasets[seed][epoch, index]
         assert (returned, readable) == (index, True)
         samples[seed, epoch, index] = image
     for one, other in itertools.combinations(samples.values(), 2):
         assert not torch.equal(one, other)
     for seed, epoch, index in reversed(keys):
         torch.rand(index + 1), np.random.rand(2)
-        again, _, _ = data.ImageDataset(copies, transform, seed)[epoch, index]
+        again, *_ = loading.ImageDataset(copies, transform, seed)[epoch, index]
         assert torch.equal(again, samples[seed, epoch, index])
 
 
@@ -578,12 +578,12 @@ def test_a_sample_is_a_function_of_seed_epoch_and_index(copies):
 def test_a_loader_yields_the_samples_of_its_batches(torn_album, num_workers):
     """The same ones whatever the number of workers, also where images are unreadable."""
     loader = image_loader(torn_album, num_workers=num_workers)
-    dataset, batches = loader.dataset, data.ShuffledBatches(12, 4, ALONE, seed=0)
+    dataset, batches = loader.dataset, loading.ShuffledBatches(12, 4, ALONE, seed=0)
     for epoch, first_step in ((0, 0), (1, 2), (2, 1)):
         batches.epoch = epoch
         steps = list(loader.epoch(epoch, first_step))
-        assert [step for step, _ in steps] == list(range(first_step, 3))
-        for (_, images), keys in zip(steps, list(batches)[first_step:], strict=True):
+        assert [step for step, _, _ in steps] == list(range(first_step, 3))
+        for (_, images, _), keys in zip(steps, list(batches)[first_step:], strict=True):
             expected = data.normalize(torch.stack([dataset[key][0] for key in keys]))
             assert torch.equal(images, expected)
 
@@ -591,10 +591,10 @@ def test_a_loader_yields_the_samples_of_its_batches(torn_album, num_workers):
 def test_an_unreadable_image_is_replaced_by_a_readable_one(torn_album):
     paths = image_files.ImagePaths(torn_album)
     album = {index: image_files.read_image(paths[index]) for index in (0, 2, 3, 4, *range(7, 12))}
-    datasets = [data.ImageDataset(paths, torch.nn.Identity(), seed=0) for _ in range(2)]
+    datasets = [loading.ImageDataset(paths, torch.nn.Identity(), seed=0) for _ in range(2)]
     replacements = set()
     for epoch, index in itertools.product(range(4), (1, 5, 6)):
-        image, returned, readable = datasets[0][epoch, index]
+        image, _, returned, readable = datasets[0][epoch, index]
         assert (returned, readable) == (index, False)
         (source,) = (source for source in album if torch.equal(album[source], image))
         replacements.add(source)
@@ -604,9 +604,9 @@ def test_an_unreadable_image_is_replaced_by_a_readable_one(torn_album):
 
 def test_a_sample_of_unreadable_images_alone_is_black_and_flagged(tmp_path):
     paths = image_files.ImagePaths(fill(tmp_path, ["1.jpg", "2.jpg"], b"torn"))
-    dataset = data.ImageDataset(paths, data.pretrain_transform(16), seed=0)
+    dataset = loading.ImageDataset(paths, data.pretrain_transform(16), seed=0)
     for epoch, index in itertools.product(range(5), (0, 1)):
-        image, returned, readable = dataset[epoch, index]
+        image, _, returned, readable = dataset[epoch, index]
         assert torch.equal(image, torch.zeros(3, 16, 16, dtype=torch.uint8))
         assert (returned, readable) == (index, False)
 
@@ -625,10 +625,10 @@ def test_unreadable_images_are_counted_an_epoch_and_warned_of_once(torn_album, n
 
 def test_evaluation_batches_say_which_images_were_readable(torn_album):
     paths = image_files.ImagePaths(torn_album)
-    dataset = data.ImageDataset(paths, data.eval_transform(16), seed=0)
-    batches = data.OrderedBatches(len(paths), 5, ALONE)
-    loader = data.ImageLoader(dataset, batches, ALONE, num_workers=0, pin_mem=False)
-    images, indices, readable = (torch.cat(parts) for parts in zip(*loader, strict=True))
+    dataset = loading.ImageDataset(paths, data.eval_transform(16), seed=0)
+    batches = loading.OrderedBatches(len(paths), 5, ALONE)
+    loader = loading.ImageLoader(dataset, batches, ALONE, num_workers=0, pin_mem=False)
+    images, _, indices, readable = (torch.cat(parts) for parts in zip(*loader, strict=True))
     assert images.shape == (12, 3, 16, 16)
     assert indices.tolist() == list(range(12))
     assert indices[~readable].tolist() == [1, 5, 6]
@@ -641,7 +641,9 @@ def keys_by_step(num_images, batch_size, world_size, *, seed=0, epoch=0, first_s
     """The keys of every step of an epoch: a list of one batch a process."""
     ranks = []
     for rank in range(world_size):
-        batches = data.ShuffledBatches(num_images, batch_size, Process(rank, world_size, CPU), seed)
+        batches = loading.ShuffledBatches(
+            num_images, batch_size, Process(rank, world_size, CPU), seed
+        )
         batches.epoch, batches.first_step = epoch, first_step
         ranks.append(list(batches))
         assert len(batches) == num_images // (batch_size * world_size)
@@ -698,7 +700,7 @@ def test_fewer_images_than_a_step_takes_make_no_batch():
 def test_ordered_batches_take_every_image_once(world_size, batch_size):
     seen = []
     for rank in range(world_size):
-        batches = data.OrderedBatches(101, batch_size, Process(rank, world_size, CPU))
+        batches = loading.OrderedBatches(101, batch_size, Process(rank, world_size, CPU))
         assert len(list(batches)) == len(batches)
         assert all(0 < len(batch) <= batch_size for batch in batches)
         seen += [key for batch in batches for key in batch]

@@ -9,8 +9,8 @@ import torch
 from conftest import run, start, write_images
 from test_pretrain import final_state
 
-from util.data import ShuffledBatches
 from util.distributed import Process
+from util.loading import ShuffledBatches
 
 SCRIPT = "tests/tiny_pretrain.py"
 

@@ -14,7 +14,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 import models_mae
 from engine_pretrain import evaluate
-from util import data, image_files
+from util import data, image_files, loading
 from util.checkpoint import load_checkpoint
 from util.distributed import Process
 from util.lr_sched import warmup_cosine_lr
@@ -239,10 +239,10 @@ def test_held_out_loss_is_the_mean_over_readable_images_under_fixed_masks(tmp_pa
         noise = uniform_noise((1, 4), 7, "held-out mask", index).view(1, 4)
         losses.append(model(image, 0.75, noise)[0].item())
     process = Process(0, 1, torch.device("cpu"))
-    dataset = data.ImageDataset(paths, transform, seed=7)
+    dataset = loading.ImageDataset(paths, transform, seed=7)
     for batch_size in (1, 4, 6):
-        batches = data.OrderedBatches(6, batch_size, process)
-        loader = data.ImageLoader(dataset, batches, process, num_workers=0, pin_mem=False)
+        batches = loading.OrderedBatches(6, batch_size, process)
+        loader = loading.ImageLoader(dataset, batches, process, num_workers=0, pin_mem=False)
         result = evaluate(model, loader, mask_ratio=0.75, amp_dtype=None, seed=7)
         assert result == {"val_loss": pytest.approx(np.mean(losses), rel=1e-5)}
     assert len({round(loss, 4) for loss in losses}) == 5

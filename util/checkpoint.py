@@ -1,22 +1,19 @@
-"""Checkpoints that are whole or absent, and a training that continues from any of them."""
+"""Checkpoint files: whole or absent, and loaded without running code from them."""
 
 import argparse
-import contextlib
 import os
-import signal
-import time
+import urllib.error
+import zlib
 from pathlib import Path
 
-import numpy as np
-import timm
+import safetensors.torch
 import torch
-import torchvision
 
-from util import distributed
 from util.errors import UserError, warn
+from util.pos_embed import interpolate_pos_embed
 
 LAST = "checkpoint-last.pth"
-FORMAT = 1
+BEST = "checkpoint-best.pth"
 
 
 def save_checkpoint(path, contents):
@@ -45,17 +42,29 @@ def load_checkpoint(path):
     """The contents of a checkpoint file, on the CPU, unpickled without running any code.
 
     Accepts files of this project, the published {"model": ...} files (an argparse.Namespace under
-    "args" becomes a dict) and bare state dicts, which are returned as {"model": ...}.
+    "args" becomes a dict) and bare state dicts, also as .safetensors, which are returned as
+    {"model": ...}. An https:// address is downloaded once, to torch.hub's folder.
 
     Raises:
         UserError: the file is missing, torn, or holds something else.
     """
-    if not Path(path).is_file():
+    path = str(path)
+    remote = path.startswith("https://")
+    if not remote and not Path(path).is_file():
         raise UserError(f"checkpoint {path} does not exist or is no file")
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):
-            contents = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch.load raises anything on broken files
+            if remote:
+                contents = torch.hub.load_state_dict_from_url(
+                    path, map_location="cpu", weights_only=True
+                )
+            elif path.endswith(".safetensors"):
+                contents = safetensors.torch.load_file(path)
+            else:
+                contents = torch.load(path, map_location="cpu", weights_only=True)
+    except urllib.error.URLError as error:
+        raise UserError(f"{path} can't be downloaded: {error.reason}") from error
+    except Exception as error:  # the loaders raise anything on broken files
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(f"{path} is torn or not a checkpoint: {reason}") from error
     if not isinstance(contents, dict) or not contents:
@@ -81,10 +90,10 @@ def find_checkpoint(resume, output_dir):
     """
     if resume not in ("auto", "none"):
         return load_checkpoint(resume), resume
-    numbered = (path for path in Path(output_dir).glob("checkpoint-*.pth") if path.name != LAST)
+    numbered = Path(output_dir).glob("checkpoint-*[0-9].pth")
     candidates = sorted(numbered, key=lambda path: (len(path.name), path.name), reverse=True)
-    if (Path(output_dir) / LAST).exists():
-        candidates.insert(0, Path(output_dir) / LAST)
+    last, best = Path(output_dir) / LAST, Path(output_dir) / BEST
+    candidates = [path for path in (last, *candidates, best) if path.exists()]
     if resume == "none":
         if candidates:
             warn(f"--resume none starts anew and will overwrite what is in {output_dir}")
@@ -99,186 +108,86 @@ def find_checkpoint(resume, output_dir):
     return None, None
 
 
-class Checkpointer:
-    """Saves a training's state to output_dir: rank 0 writes, once all processes agree.
+def fingerprint(state_dict):
+    """A checksum of the names and bits of weights on the CPU."""
+    checksum = 0
+    for name, weight in state_dict.items():
+        checksum = zlib.crc32(name.encode(), checksum)
+        checksum = zlib.crc32(weight.reshape(-1).view(torch.uint8).numpy(), checksum)
+    return checksum
+
+
+def load_encoder(model, state_dict, source="the checkpoint"):
+    """Load the encoder of a masked autoencoder, or of a classifier, into a classifier.
+
+    The head stays as it is. Positions are resampled where the grid of patches differs.
 
     Args:
-        output_dir: folder of the checkpoints.
-        process: this `distributed.Process`.
-        command: the kind of training, such as "main_pretrain.py".
-        model: the module without its `data_parallel` wrapper.
-        optimizer, scaler: of the training.
-        flags: all flags of the command, a dict of plain values.
-        training: the settings that define the training; it resumes under the same ones alone.
-        save_minutes: how often `LAST` is renewed within an epoch.
+        model: a classifier of `models_vit`.
+        state_dict: weights under the published keys: "model" of what `load_checkpoint` returns.
+        source: what errors call them.
+
+    Raises:
+        UserError: they are of another patch size, width or depth; others are missing than the
+            head and, under global pooling, fc_norm; others are left over than a head, a decoder
+            and, under global pooling, norm.
     """
+    ignored = ["head.", "decoder_", "mask_token"]
+    if not hasattr(model.norm, "weight"):  # the mean of the tokens is normalised, by fc_norm
+        ignored.append("norm.")
+    weights = {k: v for k, v in state_dict.items() if not k.startswith(tuple(ignored))}
+    _load_weights(model, weights, source, may_miss=("head.", "fc_norm."))
 
-    def __init__(
-        self,
-        output_dir,
-        process,
-        *,
-        command,
-        model,
-        optimizer,
-        scaler,
-        flags,
-        training,
-        save_minutes,
-    ):
-        self.output_dir = Path(output_dir)
-        self.process = process
-        self.model, self.optimizer, self.scaler = model, optimizer, scaler
-        self.fixed = {"format": FORMAT, "command": command, "args": flags, "training": training}
-        self.save_seconds = 60 * save_minutes
-        self._next_save = time.monotonic() + self.save_seconds
-        self._signal = 0
-        self._agree = distributed.Agreement()
 
-    def resume(self, source):
-        """Restore the training's state from a checkpoint, if there is one.
+def load_classifier(model, state_dict, source="the checkpoint"):
+    """Load a whole classifier; args and errors as of `load_encoder`, but nothing may be missing."""
+    head = state_dict.get("head.weight")
+    if head is None:
+        raise UserError(
+            f"{source} has no head: it holds a pre-trained encoder, fine-tune it before evaluation"
+        )
+    if len(head) != len(model.head.weight):
+        raise UserError(
+            f"{source} is a classifier of {len(head)} classes, not {len(model.head.weight)}: "
+            f"use --nb_classes {len(head)}"
+        )
+    _load_weights(model, state_dict, source, may_miss=())
 
-        Args:
-            source: `--resume`, see `find_checkpoint`.
 
-        Returns:
-            the epoch and step to continue with, and the log's totals of the epoch so far.
-
-        Raises:
-            UserError: the checkpoint is unusable or of another training.
-        """
-        training = self.fixed["training"]
-        if any(other != training for other in distributed.gather(training)):
-            raise UserError("the processes were given different flags or see different images")
-        contents, path = find_checkpoint(source, self.output_dir)
-        found = contents and (contents.get("epoch"), contents.get("step"))
-        if any(other != found for other in distributed.gather(found)):
-            raise UserError(
-                f"the processes find different checkpoints in {self.output_dir}: it must be on a "
-                "file system that all of them share"
-            )
-        if contents is None:
-            return 0, 0, None
-        self._check_same_training(contents, path)
-        self.model.load_state_dict(contents["model"])
-        self.optimizer.load_state_dict(contents["optimizer"])
-        if self.scaler.is_enabled() and contents["scaler"]:
-            self.scaler.load_state_dict(contents["scaler"])
-        epoch, step = found
-        if self.process.is_main:
-            print(f"resuming {path} after step {step} of epoch {epoch}", flush=True)
-        totals = contents["totals"]
-        return (epoch + 1, 0, None) if totals is None else (epoch, step, totals)
-
-    def _check_same_training(self, contents, path):
-        kind = {name: contents.get(name) for name in ("format", "command")}
-        if kind != {name: self.fixed[name] for name in kind}:
-            raise UserError(
-                f"{path} is not a training state of {self.fixed['command']}, can't resume it"
-            )
-        saved = contents["training"]
-        changed = [
-            f"{name} ({saved.get(name)} -> {value})"
-            for name, value in self.fixed["training"].items()
-            if saved.get(name) != value
-        ]
-        if changed:
-            raise UserError(
-                f"{path} is of a training with other settings: {', '.join(changed)}; restore them, "
-                "or start anew in another --output_dir"
-            )
-
-    def save(self, name, *, epoch, step, totals=None):
-        """Write the state after `step` steps of `epoch` as output_dir/`name`.
-
-        Args:
-            totals: those of the `EpochLog`, unless the epoch is logged and done with.
-
-        Returns:
-            whether it succeeded: a file that can't be written is warned about, and leaves an
-            older one of its name untouched.
-
-        Raises:
-            UserError: the state is not finite; nothing is written.
-        """
-        contents = {
-            "model": self.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "scaler": self.scaler.state_dict(),
-            "epoch": epoch,
-            "step": step,
-            "totals": totals,
-            "versions": {
-                library.__name__: str(library.__version__)
-                for library in (np, timm, torch, torchvision)
-            },
-            **self.fixed,
-        }
-        for part in ("model", "optimizer"):
-            if not all(tensor.isfinite().all() for tensor in _tensors(contents[part])):
-                raise UserError(
-                    f"the {part} holds values that are not finite after step {step} of epoch "
-                    f"{epoch}, no checkpoint is written: resume the last one with a lower --lr"
-                )
-        self._next_save = time.monotonic() + self.save_seconds
+def _load_weights(model, weights, source, may_miss):
+    _check_same_size(model, weights, source)
+    weights = dict(weights)
+    own = model.state_dict()
+    if "pos_embed" in weights:
         try:
-            if self.process.is_main:
-                save_checkpoint(self.output_dir / name, contents)
-        except OSError as error:
-            warn(f"{error}; an older checkpoint, if there is one, is whole")
-            return False
-        return True
-
-    @contextlib.contextmanager
-    def watch_signals(self):
-        """Within this context SIGTERM, SIGINT and SIGUSR1 ask for a save and an orderly end."""
-
-        def note(number, _frame):
-            self._signal = number
-
-        numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
-        before = {number: signal.signal(number, note) for number in numbers}
-        try:
-            yield
-            self._agree.settle()
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
-
-    def save_if_due(self, *, epoch, step, epoch_log):
-        """After an optimizer step: renew `LAST` if time has come or a signal asks to stop.
-
-        Raises:
-            SystemExit: a process got a signal; the state is saved.
-        """
-        agreed = self._agree_on_wish()
-        if not agreed:
-            return
-        epoch_log.flush()
-        saved = self.save(LAST, epoch=epoch, step=step, totals=epoch_log.totals)
-        if agreed > 1:
-            self._agree.settle()
-            number = signal.Signals(agreed - 1)
-            outcome = f"the same command continues from {self.output_dir / LAST}"
-            epoch_log.run_log.line(
-                f"{number.name}: stopped after step {step} of epoch {epoch}; "
-                f"{outcome if saved else 'this state could not be saved'}"
-            )
-            raise SystemExit(128 + number)
-
-    def _agree_on_wish(self):
-        """What all processes do now: 0 to go on, 1 to save, 1 + a signal's number to stop."""
-        now = time.monotonic()
-        save_due = self.process.is_main and now >= self._next_save
-        if save_due:
-            self._next_save = now + self.save_seconds
-        return self._agree(1 + self._signal if self._signal else int(save_due))
+            resampled = interpolate_pos_embed(weights["pos_embed"], model.patch_embed.grid_size)
+        except ValueError as error:
+            raise UserError(f"{source} has positions that can't be resampled: {error}") from error
+        weights["pos_embed"] = resampled
+    problems = {
+        "missing": [k for k in own if k not in weights and not k.startswith(may_miss)],
+        "unexpected": [k for k in weights if k not in own],
+        "of another shape": [k for k in own if k in weights and own[k].shape != weights[k].shape],
+    }
+    if any(problems.values()):
+        listed = [f"{problem} {', '.join(keys)}" for problem, keys in problems.items() if keys]
+        hint = ""
+        if {"norm.weight", "fc_norm.weight"} & {key for keys in problems.values() for key in keys}:
+            hint = " (a classifier has fc_norm with --global_pool and norm with --cls_token)"
+        raise UserError(f"{source} does not fit the model: {'; '.join(listed)}{hint}")
+    model.load_state_dict(weights, strict=False)
 
 
-def _tensors(value):
-    """All tensors in nested dicts and lists."""
-    if isinstance(value, torch.Tensor):
-        yield value
-    elif isinstance(value, (dict, list)):
-        for item in value.values() if isinstance(value, dict) else value:
-            yield from _tensors(item)
+def _check_same_size(model, weights, source):
+    """Refuse, with a UserError, an encoder of other patches, width or depth, by that reason."""
+    sizes = []
+    for state in (weights, model.state_dict()):
+        width, channels, *patch = getattr(state.get("patch_embed.proj.weight"), "shape", (0, 0))
+        blocks = {key.split(".")[1] for key in state if key.startswith("blocks.")}
+        patches = f"patches of {' x '.join(map(str, patch))} pixels"
+        sizes.append((patches, f"{channels} channels", f"width {width}", f"{len(blocks)} blocks"))
+    theirs, ours = sizes
+    different = [pair for pair in zip(theirs, ours, strict=True) if pair[0] != pair[1]]
+    if "patch_embed.proj.weight" in weights and different:
+        theirs, ours = (" and ".join(names) for names in zip(*different, strict=True))
+        raise UserError(f"{source} has {theirs}, the model {ours}: choose another --model")

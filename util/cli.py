@@ -1,18 +1,13 @@
-"""Command lines: the flags that commands share, and errors of the user in one line."""
+"""Command lines: parsing, types of arguments, and errors of the user in one line."""
 
 import argparse
 import math
 import os
 import sys
 import tempfile
+from pathlib import Path
 
 from util.errors import UserError
-
-# Flags that say where and how a training runs, not what it computes: a resumed one may change them.
-FREE_FLAGS = frozenset(
-    "data_path num_workers pin_mem output_dir log_dir device resume compile save_every "
-    "save_minutes log_every".split()
-)
 
 
 class ArgumentParser(argparse.ArgumentParser):
@@ -40,12 +35,26 @@ def run(main, parser):
         sys.exit(2)
 
 
+def pick(args, names):
+    """The flags of these names (one string, with blanks between them) as keywords for a call."""
+    return {name: getattr(args, name) for name in names.split()}
+
+
+def make_output_dirs(output_dir, log_dir, process):
+    """Make a run's folders, which must be writable, in the main process."""
+    if process.is_main:
+        make_writable(output_dir, "--output_dir")
+        if log_dir:
+            make_writable(log_dir, "--log_dir")
+
+
 def make_writable(folder, flag):
     """Make the folder that `flag` names, if it is missing, and try to write to it.
 
     Raises:
         UserError: that fails.
     """
+    folder = Path(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
@@ -69,17 +78,21 @@ def integer(minimum):
     return parse
 
 
-def number(minimum=0.0, *, above=False):
-    """An argument type: a finite number of at least (or `above`) `minimum`."""
+def number(minimum=0.0, maximum=math.inf, *, above=False, below=False):
+    """An argument type: a finite number from `minimum` to `maximum`, or `above` and `below`."""
 
     def parse(text):
         try:
             value = float(text)
         except ValueError:
             value = math.nan
-        if not math.isfinite(value) or value < minimum or (above and value == minimum):
-            bound = "above" if above else "of at least"
-            raise argparse.ArgumentTypeError(f"{text} is not a finite number {bound} {minimum:g}")
+        inside = value > minimum if above else value >= minimum
+        inside &= value < maximum if below else value <= maximum
+        if not math.isfinite(value) or not inside:
+            bounds = f"{'above' if above else 'of at least'} {minimum:g}"
+            if maximum < math.inf:
+                bounds += f" and {'below' if below else 'at most'} {maximum:g}"
+            raise argparse.ArgumentTypeError(f"{text} is not a finite number {bounds}")
         return value
 
     return parse
@@ -90,131 +103,3 @@ def path(text):
     if not text:
         raise argparse.ArgumentTypeError("is empty: give a path")
     return text
-
-
-class HeightWidth(argparse.Action):
-    """Stores one number as it is, and two different ones as (height, width)."""
-
-    def __call__(self, parser, namespace, values, option_string=None):
-        if len(values) > 2:
-            raise argparse.ArgumentError(self, "takes one number, or height and width")
-        setattr(namespace, self.dest, values[0] if len(set(values)) == 1 else tuple(values))
-
-
-def add_model_flags(parser):
-    """--model and --input_size, in a group to which the command adds its own."""
-    group = parser.add_argument_group("Model")
-    group.add_argument("--model", metavar="NAME", help="name of the model")
-    add_input_size_flag(group, default=224)
-    return group
-
-
-def add_input_size_flag(parser, default):
-    parser.add_argument(
-        "--input_size",
-        type=integer(1),
-        nargs="+",
-        action=HeightWidth,
-        metavar="PIXELS",
-        default=default,
-        help="size of the images the model sees: one number, or height and width",
-    )
-
-
-def add_device_flag(parser):
-    parser.add_argument(
-        "--device", default="auto", help="auto (CUDA if there is some), cuda or cpu"
-    )
-
-
-def add_data_flags(parser):
-    """Where images come from and how they are loaded."""
-    group = parser.add_argument_group("Data")
-    group.add_argument(
-        "--data_path", type=path, metavar="DIR", required=True, help="folder of the images"
-    )
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    group.add_argument(
-        "--num_workers",
-        type=integer(0),
-        default=min(10, cores),
-        help="processes that load images; results don't depend on it",
-    )
-    group.add_argument(
-        "--pin_mem", action="store_true", default=True, help="page-locked batches, for CUDA"
-    )
-    group.add_argument("--no_pin_mem", action="store_false", dest="pin_mem")
-
-
-def add_optimization_flags(parser):
-    """Batch size, length and learning rate of a training."""
-    group = parser.add_argument_group("Optimization")
-    group.add_argument("--batch_size", type=integer(1), help="images of a process and step")
-    group.add_argument("--epochs", type=integer(1), help="length of the training")
-    group.add_argument(
-        "--accum_iter",
-        type=integer(1),
-        default=1,
-        help="steps whose gradients are averaged; the effective batch is "
-        "batch_size x accum_iter x processes",
-    )
-    group.add_argument(
-        "--lr", type=number(), help="learning rate; if not given, blr x effective batch / 256"
-    )
-    group.add_argument("--blr", type=number(), help="base learning rate, of 256 images")
-    group.add_argument("--min_lr", type=number(), help="learning rate at the end of the cosine")
-    group.add_argument(
-        "--warmup_epochs", type=number(), help="epochs in which the learning rate rises from 0"
-    )
-    group.add_argument(
-        "--weight_decay", type=number(), help="of matrices; biases and 1-D have none"
-    )
-    group.add_argument(
-        "--clip_grad", type=number(above=True), help="clip the gradients to this norm"
-    )
-
-
-def add_runtime_flags(parser):
-    """Outputs, device, precision, resuming."""
-    group = parser.add_argument_group("Runtime")
-    group.add_argument(
-        "--output_dir",
-        type=path,
-        default="./output_dir",
-        metavar="DIR",
-        help="checkpoints and log.txt",
-    )
-    group.add_argument(
-        "--log_dir", metavar="DIR", help="TensorBoard events; if not given, output_dir"
-    )
-    add_device_flag(group)
-    group.add_argument("--seed", type=integer(0), default=0, help="of everything random")
-    group.add_argument(
-        "--resume",
-        default="auto",
-        metavar="{auto,none,PATH}",
-        help="continue the newest whole checkpoint of output_dir, none, or this one",
-    )
-    group.add_argument(
-        "--amp",
-        choices=["auto", "bf16", "fp16", "off"],
-        default="auto",
-        help="mixed precision; auto is bf16 or else fp16 on CUDA, and off (float32) on a CPU",
-    )
-    group.add_argument("--compile", action="store_true", help="compile the transformer blocks")
-    group.add_argument("--no_compile", action="store_false", dest="compile")
-    group.add_argument(
-        "--save_every",
-        type=integer(1),
-        default=20,
-        help="epochs between the numbered checkpoints; the last one is renewed every epoch",
-    )
-    group.add_argument(
-        "--save_minutes",
-        type=number(),
-        default=5,
-        help="minutes after which the last checkpoint is renewed within an epoch",
-    )
-    group.add_argument(
-        "--log_every", type=integer(1), default=20, help="steps between two console lines"
-    )

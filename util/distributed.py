@@ -118,6 +118,13 @@ def sync_gradients(model, when):
     return model.no_sync()
 
 
+def share_buffers(model):
+    """Give every process the buffers of rank 0, such as BatchNorm's running statistics."""
+    if dist.is_initialized():
+        for buffer in model.buffers():
+            dist.broadcast(buffer, 0)
+
+
 def gather(value):
     """Every process's `value` (any object that pickles), as a list in rank order."""
     if not dist.is_initialized():

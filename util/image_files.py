@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from torchvision.io import ImageReadMode, decode_image
 
-from util.errors import UserError
+from util.errors import UserError, warn
 
 IMAGE_SUFFIXES = ".jpg .jpeg .jpe .jfif .png .webp .gif .bmp .tif .tiff .ppm .pgm .pbm .pnm".split()
 
@@ -67,6 +67,12 @@ class ImagePaths:
     A list of a million strings would be copied into every worker as its reference counts are
     written; here a worker adds nothing, however it was started.
 
+    Attributes:
+        classes: the sorted names of the folders in `root` that have images in or below them; ""
+            stands for `root` itself.
+        labels: int64 tensor, of every image the index of its class.
+        fingerprint: a checksum of the names.
+
     Raises:
         UserError: the folder is missing, not a folder or without images.
     """
@@ -81,6 +87,10 @@ class ImagePaths:
         if not names:
             raise UserError(f"{root} has no images ({' '.join(IMAGE_SUFFIXES)}) in it or below")
         self.fingerprint = zlib.crc32(b"\0".join(names))
+        folders = [name.partition(b"/")[0] if b"/" in name else b"" for name in names]
+        number = {folder: index for index, folder in enumerate(sorted(set(folders)))}
+        self.classes = [os.fsdecode(folder) for folder in number]
+        self.labels = torch.tensor([number[folder] for folder in folders]).share_memory_()
         self._ends = torch.tensor([len(name) for name in names]).cumsum(0).share_memory_()
         self._names = torch.frombuffer(bytearray(b"".join(names)), dtype=torch.uint8)
         self._names.share_memory_()
@@ -126,11 +136,60 @@ def find_images(data_path, split):
             return None
         folder = data_path
     paths = ImagePaths(folder)
+    _probe(paths, folder)
+    return paths
+
+
+def find_labelled_images(data_path, nb_classes, splits=("train", "val")):
+    """Images of data_path/SPLIT/CLASS for each of `splits`, as a list.
+
+    Raises:
+        UserError: a folder is missing, has images outside of a class or none of a sample of them
+            readable; the splits' classes differ or are more than `nb_classes`.
+    """
+    found = []
+    for split in splits:
+        folder = Path(data_path) / split
+        if not folder.is_dir():
+            raise UserError(f"{folder} does not exist: classes are folders of images in it")
+        paths = ImagePaths(folder)
+        if "" in paths.classes:
+            stray = paths[paths.labels.tolist().index(0)]
+            raise UserError(f"{stray} is in no class: {folder} must hold a folder for each class")
+        if found:
+            check_classes(paths, found[0].classes, Path(data_path) / splits[0])
+        _probe(paths, folder)
+        found.append(paths)
+    count = len(found[0].classes)
+    if count > nb_classes:
+        raise UserError(f"--nb_classes {nb_classes} is below the {count} classes in {folder}")
+    if count < nb_classes:
+        warn(f"--nb_classes {nb_classes} is above the {count} classes in {folder}")
+    return found
+
+
+def check_classes(paths, classes, source):
+    """Refuse, with a UserError, images whose classes are not the `classes` of `source`."""
+    found, expected = set(paths.classes), set(classes)
+    differences = [
+        f"{verb} {', '.join(names[:5])}{f' and {len(names) - 5} more' if len(names) > 5 else ''}"
+        for verb, names in (("lack", sorted(expected - found)), ("add", sorted(found - expected)))
+        if names
+    ]
+    if differences:
+        raise UserError(
+            f"the classes in {os.fsdecode(paths.root)} are not those of {source}: they "
+            f"{' and '.join(differences)}"
+        )
+
+
+def _probe(paths, folder):
+    """Refuse, with a UserError, images of which none of a sample is readable."""
     probes = np.unique(np.linspace(0, len(paths) - 1, 32).astype(int))
     for index in probes.tolist():
         try:
             read_image(paths[index])
-            return paths
+            return
         except UnreadableImage:
             continue
     raise UserError(

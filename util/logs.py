@@ -15,8 +15,8 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from util import distributed
-from util.data import MAX_UNREADABLE_SHARE
 from util.errors import UserError
+from util.loading import MAX_UNREADABLE_SHARE
 
 
 class RunLog:
@@ -28,14 +28,16 @@ class RunLog:
         process: this `distributed.Process`.
         epochs: of the whole run.
         log_every: steps between console lines.
+        loss_tag: TensorBoard's name for the loss of a log line.
         start: epoch, with its fraction, at which this run takes up; later entries of an
             interrupted run are taken back.
     """
 
-    def __init__(self, output_dir, log_dir, process, *, epochs, log_every, start):
+    def __init__(self, output_dir, log_dir, process, *, epochs, log_every, loss_tag, start):
         self.process = process
         self.epochs = epochs
         self.log_every = log_every
+        self.loss_tag = loss_tag
         self.show_bar = process.is_main and sys.stdout.isatty() and sys.stderr.isatty()
         if process.is_main:
             self._log_file = Path(output_dir) / "log.txt"
@@ -71,6 +73,13 @@ class RunLog:
             for tag, value in values.items():
                 self._tensorboard.add_scalar(tag, value, int(1000 * epoch))
 
+    def accuracy(self, epoch, figures):
+        """A classifier's figures after `epoch` epochs: a console line, TensorBoard by epoch."""
+        self.line(accuracy_line(figures))
+        if self.process.is_main:
+            for name, value in figures.items():
+                self._tensorboard.add_scalar(f"perf/{name}", value, epoch)
+
     def picture(self, epoch, tag, picture):
         """A PIL image in TensorBoard."""
         if self.process.is_main:
@@ -105,6 +114,7 @@ class EpochLog:
         self.run_log = run_log
         self.loader = loader
         self.epoch = epoch
+        self._first_step = first_step
         self.totals = totals or dict(
             steps=0, images=0, loss=0.0, lr=0.0, seconds=0.0, waited=0.0, bad=0
         )
@@ -120,9 +130,9 @@ class EpochLog:
         self._waited = 0.0
         self._since = time.perf_counter()
 
-    def watch(self, batches):
-        """Pass through the (step, images) of the epoch, timing the wait for them."""
-        batches = iter(batches)
+    def steps(self):
+        """The (step, images, labels) that are left of the epoch, timing the wait for them."""
+        batches = self.loader.epoch(self.epoch, self._first_step)
         with self._bar:
             while True:
                 asked = time.perf_counter()
@@ -194,7 +204,7 @@ class EpochLog:
 
     def _show(self, loss, images_per_s, waited_share):
         progress = self.epoch + (self._step + 1) / len(self.loader)
-        self.run_log.scalars(progress, train_loss=loss, lr=self.totals["lr"])
+        self.run_log.scalars(progress, **{self.run_log.loss_tag: loss, "lr": self.totals["lr"]})
         status = (
             f"loss {loss:.4f}  lr {self.totals['lr']:.2e}  {images_per_s:.1f} images/s  "
             f"data wait {waited_share:.0%}  peak memory {peak_memory_gib():.2f} GiB"
@@ -224,6 +234,27 @@ class EpochLog:
             "unreadable_images": totals["bad"],
             "peak_memory_gib": round(peak_memory_gib(), 3),
         }
+
+
+def describe_training(process, effective_batch, lr, amp_dtype):
+    """What a run says of its size, learning rate, devices and precision."""
+    return (
+        f"effective batch {effective_batch}, lr {lr:.2e}; {process.world_size} x {process.device}, "
+        f"{amp_dtype or torch.float32}"
+    )
+
+
+def accuracy_line(figures):
+    """The figures of `engine_finetune.evaluate` in the usual form."""
+    return "* Acc@1 {test_acc1:.3f} Acc@5 {test_acc5:.3f} loss {test_loss:.3f}".format(**figures)
+
+
+def report_evaluation(output_dir, process, figures, **about):
+    """Print the figures of an evaluation and write them, as printed, to output_dir/eval.json."""
+    if process.is_main:
+        print(accuracy_line(figures), flush=True)
+        rounded = {name: round(value, 3) for name, value in figures.items()}
+        (Path(output_dir) / "eval.json").write_text(json.dumps(about | rounded) + "\n")
 
 
 def peak_memory_gib():

@@ -2,6 +2,19 @@
 
 import math
 
+from util.errors import warn
+
+# The flags that `make_schedule` takes by their names.
+SCHEDULE_FLAGS = "lr blr min_lr warmup_epochs epochs"
+
+
+def make_schedule(effective_batch, *, lr, blr, min_lr, warmup_epochs, epochs):
+    """The keywords of `warmup_cosine_lr`; without an lr, it is blr x effective_batch / 256."""
+    if warmup_epochs >= epochs:
+        warn(f"warmup_epochs {warmup_epochs} is not below epochs {epochs}: no decay")
+    lr = blr * effective_batch / 256 if lr is None else lr
+    return dict(lr=lr, min_lr=min_lr, warmup_epochs=warmup_epochs, epochs=epochs)
+
 
 def warmup_cosine_lr(epoch, *, lr, min_lr, warmup_epochs, epochs):
     """Learning rate at a fractional epoch: a linear warm-up from 0, then half a cosine to min_lr.

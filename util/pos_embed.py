@@ -1,6 +1,9 @@
-"""Fixed 2-D sine-cosine position tables (paper, section 3 and appendix A.1)."""
+"""Position tables of grids of patches: sine-cosine ones, and resampling to another grid."""
+
+import math
 
 import torch
+import torch.nn.functional as F
 
 
 def sincos_pos_embed_2d(embed_dim, grid_size, cls_token=False):
@@ -31,3 +34,55 @@ def sincos_pos_embed_2d(embed_dim, grid_size, cls_token=False):
     if cls_token:
         table = torch.cat([table.new_zeros(1, embed_dim), table])
     return table.float()
+
+
+def interpolate_pos_embed(pos_embed, grid_size, num_prefix_tokens=1):
+    """A position table resampled to another grid (bicubic, without antialiasing).
+
+    timm's `resample_abs_pos_embed` is not used because it knows no grid that is not square unless
+    it is told, and then leaves one alone that has as many patches as the new one.
+
+    Args:
+        pos_embed: [1, prefix + L, D].
+        grid_size: patches along height and width, an int or (height, width).
+        num_prefix_tokens: rows in front of the grid's, which are kept.
+
+    Returns:
+        [1, prefix + height x width, D]; the table itself if its grid is the same, see `find_grid`.
+
+    Raises:
+        ValueError: the grid of the table can't be told.
+    """
+    new_grid = (grid_size, grid_size) if isinstance(grid_size, int) else tuple(grid_size)
+    prefix, table = pos_embed[:, :num_prefix_tokens], pos_embed[:, num_prefix_tokens:]
+    old_grid = find_grid(table[0], likely=new_grid)
+    if old_grid == new_grid:
+        return pos_embed
+    table = table.unflatten(1, old_grid).permute(0, 3, 1, 2)  # [1, D, height, width]
+    table = F.interpolate(table.float(), new_grid, mode="bicubic", align_corners=False)
+    table = table.permute(0, 2, 3, 1).flatten(1, 2).to(prefix.dtype)
+    return torch.cat([prefix, table], dim=1)
+
+
+def find_grid(table, likely):
+    """The (height, width) of the grid of a position table [L, D].
+
+    A sine-cosine table, also one trained further from there, shows its shape. Another table has
+    the `likely` shape if that has L positions, or else is a square.
+
+    Raises:
+        ValueError: it is neither.
+    """
+    L, D = table.shape
+    if D % 4 == 0:
+        shapes = [(height, L // height) for height in range(1, L + 1) if L % height == 0]
+        fixed = {shape: sincos_pos_embed_2d(D, shape) for shape in shapes}
+        distances = {shape: (table.float() - fixed[shape]).norm().item() for shape in shapes}
+        closest = min(distances, key=distances.get)
+        if distances[closest] < 0.5 * fixed[closest].norm().item():
+            return closest
+    side = math.isqrt(L)
+    for height, width in (likely, (side, side)):
+        if height * width == L:
+            return height, width
+    raise ValueError(f"the grid of {L} positions, which is not a square, is not known")

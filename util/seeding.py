@@ -17,13 +17,15 @@ def derive_seed(*key):
     return int.from_bytes(digest, "little") >> 1
 
 
-def seed_generators(*key):
-    """Seed the CPU generators that augmentations draw from: torch's, numpy's and Python's.
+def seed_generators(*key, device=None):
+    """Seed the generators that libraries draw from: Python's, numpy's, torch's for CPU and device.
 
     `torch.manual_seed` would visit every backend, at a hundred times the cost a sample.
     """
     seed = derive_seed(*key)
     torch.default_generator.manual_seed(seed)
+    if device is not None and device.type == "cuda":
+        torch.cuda.manual_seed(seed)
     np.random.seed(seed % 2**32)
     random.seed(seed)
 

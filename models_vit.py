@@ -1,0 +1,79 @@
+"""Vision transformer classifiers, as they are fine-tuned and probed (paper, sections 4.1, 4.3).
+
+timm's VisionTransformer computes the published classifier, under the published state-dict keys;
+this file names its sizes. Its encoder takes the weights of a masked autoencoder of the same size.
+"""
+
+from functools import partial
+
+from timm.layers import to_2tuple
+from timm.models.vision_transformer import VisionTransformer
+from torch import nn
+
+from models_mae import check_patches
+from util.errors import UserError
+
+
+def vision_transformer(global_pool=True, **config):
+    """A classifier [N, 3, H, W] -> logits [N, num_classes].
+
+    Args:
+        global_pool: classify the mean of the patch tokens, normalised by `fc_norm`; else the class
+            token of the normalised output.
+        config: keywords of timm's VisionTransformer: img_size and patch_size (pixels, an int or
+            (height, width)), embed_dim, depth, num_heads, num_classes, drop_path_rate, ...
+
+    Raises:
+        UserError: the patch doesn't divide the image.
+    """
+    check_patches(to_2tuple(config["img_size"]), to_2tuple(config["patch_size"]))
+    return VisionTransformer(
+        global_pool="avg" if global_pool else "token",
+        norm_layer=partial(nn.LayerNorm, eps=1e-6),
+        **config,
+    )
+
+
+def factory(patch_size, width, depth, num_heads):
+    """A model factory, for images of 224 pixels if it is called without img_size."""
+    return partial(
+        vision_transformer,
+        img_size=224,
+        patch_size=patch_size,
+        embed_dim=width,
+        depth=depth,
+        num_heads=num_heads,
+    )
+
+
+MODELS = {
+    "vit_nano_patch4": factory(4, 128, 6, 4),
+    "vit_tiny_patch2": factory(2, 192, 12, 3),
+    "vit_tiny_patch4": factory(4, 192, 12, 3),
+    "vit_tiny_patch16": factory(16, 192, 12, 3),
+    "vit_small_patch4": factory(4, 384, 12, 6),
+    "vit_small_patch16": factory(16, 384, 12, 6),
+    "vit_base_patch16": factory(16, 768, 12, 12),
+    "vit_large_patch16": factory(16, 1024, 24, 16),
+    "vit_huge_patch14": factory(14, 1280, 32, 16),
+}
+
+
+def build_model(name, **config):
+    """The named classifier; `config` as of `vision_transformer`. A UserError for unknown names."""
+    if name not in MODELS:
+        raise UserError(f"unknown model {name!r}: choose one of {', '.join(MODELS)}")
+    return MODELS[name](**config)
+
+
+def add_probe_head(model):
+    """Freeze a classifier and give it the head of the linear probe (paper, appendix A.1).
+
+    The head is a linear layer of small weights on features that a BatchNorm without affine
+    transformation brings to one scale. It alone requires gradients.
+    """
+    model.requires_grad_(False)
+    linear = nn.Linear(model.head.in_features, model.head.out_features)
+    nn.init.trunc_normal_(linear.weight, std=0.01)
+    nn.init.zeros_(linear.bias)
+    model.head = nn.Sequential(nn.BatchNorm1d(linear.in_features, affine=False, eps=1e-6), linear)

@@ -1,0 +1,208 @@
+"""The flags that commands share, in groups; every command sets its own defaults."""
+
+import argparse
+import os
+
+from util.cli import integer, number, path
+
+
+class HeightWidth(argparse.Action):
+    """Stores one number as it is, and two different ones as (height, width)."""
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        if len(values) > 2:
+            raise argparse.ArgumentError(self, "takes one number, or height and width")
+        setattr(namespace, self.dest, values[0] if len(set(values)) == 1 else tuple(values))
+
+
+def add_model_flags(parser):
+    """--model and --input_size, in a group to which the command adds its own."""
+    group = parser.add_argument_group("Model")
+    group.add_argument("--model", metavar="NAME", help="name of the model")
+    add_input_size_flag(group, default=224)
+    return group
+
+
+def add_input_size_flag(parser, default):
+    parser.add_argument(
+        "--input_size",
+        type=integer(1),
+        nargs="+",
+        action=HeightWidth,
+        metavar="PIXELS",
+        default=default,
+        help="size of the images the model sees: one number, or height and width",
+    )
+
+
+def add_classifier_flags(parser):
+    """The flags of `add_model_flags` and those of a classifier."""
+    group = add_model_flags(parser)
+    group.add_argument("--nb_classes", type=integer(1), default=1000, help="number of classes")
+    group.add_argument(
+        "--global_pool",
+        action="store_true",
+        help="classify the mean of the patch tokens, not the class token",
+    )
+    group.add_argument(
+        "--cls_token", action="store_false", dest="global_pool", help="classify the class token"
+    )
+    return group
+
+
+def add_eval_flags(parser):
+    """What evaluates a checkpoint instead of training."""
+    group = parser.add_argument_group("Evaluation")
+    group.add_argument(
+        "--eval", action="store_true", help="evaluate the checkpoint of --resume, don't train"
+    )
+    group.add_argument(
+        "--dist_eval",
+        action="store_true",
+        help="accepted and needless: all processes share the evaluation, each image counts once",
+    )
+
+
+def add_device_flag(parser):
+    parser.add_argument(
+        "--device", default="auto", help="auto (CUDA if there is some), cuda or cpu"
+    )
+
+
+def add_data_flags(parser):
+    """Where images come from and how they are loaded."""
+    group = parser.add_argument_group("Data")
+    group.add_argument(
+        "--data_path", type=path, metavar="DIR", required=True, help="folder of the images"
+    )
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    group.add_argument(
+        "--num_workers",
+        type=integer(0),
+        default=min(10, cores),
+        help="processes that load images; results don't depend on it",
+    )
+    group.add_argument(
+        "--pin_mem", action="store_true", default=True, help="page-locked batches, for CUDA"
+    )
+    group.add_argument("--no_pin_mem", action="store_false", dest="pin_mem")
+
+
+def add_optimization_flags(parser):
+    """Batch size, length and learning rate of a training."""
+    group = parser.add_argument_group("Optimization")
+    group.add_argument("--batch_size", type=integer(1), help="images of a process and step")
+    group.add_argument("--epochs", type=integer(1), help="length of the training")
+    group.add_argument(
+        "--accum_iter",
+        type=integer(1),
+        default=1,
+        help="steps whose gradients are averaged; the effective batch is "
+        "batch_size x accum_iter x processes",
+    )
+    group.add_argument(
+        "--lr", type=number(), help="learning rate; if not given, blr x effective batch / 256"
+    )
+    group.add_argument("--blr", type=number(), help="base learning rate, of 256 images")
+    group.add_argument("--min_lr", type=number(), help="learning rate at the end of the cosine")
+    group.add_argument(
+        "--warmup_epochs", type=number(), help="epochs in which the learning rate rises from 0"
+    )
+    group.add_argument(
+        "--weight_decay", type=number(), help="of matrices; biases and 1-D have none"
+    )
+    group.add_argument(
+        "--clip_grad", type=number(above=True), help="clip the gradients to this norm"
+    )
+    return group
+
+
+def add_augmentation_flags(parser):
+    """Augmentation and regularisation of images and labels, by timm."""
+    group = parser.add_argument_group("Augmentation")
+    group.add_argument(
+        "--color_jitter", type=number(), help="strength of colour jitter, where --aa is none"
+    )
+    group.add_argument(
+        "--aa",
+        default="rand-m9-mstd0.5-inc1",
+        metavar="POLICY",
+        help="timm's name of an augmentation policy, or none",
+    )
+    group.add_argument("--smoothing", type=number(0, 1, below=True), default=0.1, help="of labels")
+    group.add_argument(
+        "--reprob", type=number(0, 1), default=0.25, help="probability to erase from an image"
+    )
+    group.add_argument(
+        "--remode", choices=["pixel", "rand", "const"], default="pixel", help="what is painted"
+    )
+    group.add_argument(
+        "--recount", type=integer(1), default=1, help="most rectangles erased from an image"
+    )
+    group.add_argument("--mixup", type=number(), default=0.0, help="alpha of mixup, 0 for none")
+    group.add_argument("--cutmix", type=number(), default=0.0, help="alpha of cutmix, 0 for none")
+    group.add_argument(
+        "--cutmix_minmax",
+        type=number(0, 1),
+        nargs=2,
+        metavar=("MIN", "MAX"),
+        help="sides of what cutmix pastes, as shares of the image's, instead of --cutmix",
+    )
+    group.add_argument(
+        "--mixup_prob", type=number(0, 1), default=1.0, help="probability of mixup or cutmix"
+    )
+    group.add_argument(
+        "--mixup_switch_prob", type=number(0, 1), default=0.5, help="of cutmix where both are on"
+    )
+    group.add_argument(
+        "--mixup_mode",
+        choices=["batch", "pair", "elem"],
+        default="batch",
+        help="what one draw of mixup or cutmix is for",
+    )
+
+
+def add_runtime_flags(parser):
+    """Outputs, device, precision, resuming."""
+    group = parser.add_argument_group("Runtime")
+    group.add_argument(
+        "--output_dir",
+        type=path,
+        default="./output_dir",
+        metavar="DIR",
+        help="checkpoints and log.txt",
+    )
+    group.add_argument(
+        "--log_dir", metavar="DIR", help="TensorBoard events; if not given, output_dir"
+    )
+    add_device_flag(group)
+    group.add_argument("--seed", type=integer(0), default=0, help="of everything random")
+    group.add_argument(
+        "--resume",
+        default="auto",
+        metavar="{auto,none,PATH}",
+        help="continue the newest whole checkpoint of output_dir, none, or this one",
+    )
+    group.add_argument(
+        "--amp",
+        choices=["auto", "bf16", "fp16", "off"],
+        default="auto",
+        help="mixed precision; auto is bf16 or else fp16 on CUDA, and off (float32) on a CPU",
+    )
+    group.add_argument("--compile", action="store_true", help="compile the transformer blocks")
+    group.add_argument("--no_compile", action="store_false", dest="compile")
+    group.add_argument(
+        "--save_every",
+        type=integer(1),
+        default=20,
+        help="epochs between the numbered checkpoints; the last one is renewed every epoch",
+    )
+    group.add_argument(
+        "--save_minutes",
+        type=number(),
+        default=5,
+        help="minutes after which the last checkpoint is renewed within an epoch",
+    )
+    group.add_argument(
+        "--log_every", type=integer(1), default=20, help="steps between two console lines"
+    )

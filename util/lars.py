@@ -1,0 +1,55 @@
+"""The LARS optimizer of the linear probe (paper, table 10; You et al., arXiv 1708.03888)."""
+
+import torch
+
+
+class LARS(torch.optim.Optimizer):
+    """SGD with momentum whose update of a matrix is scaled to the norm of the matrix.
+
+    The update g of a weight w, its decayed gradient, is multiplied by
+    trust_coefficient x |w| / |g|, or 1 where either norm is 0. Tensors of one dimension, biases
+    among them, are neither scaled nor decayed.
+
+    Args:
+        params: tensors or groups of them.
+        lr: learning rate.
+        weight_decay: added to a gradient times the weight.
+        momentum: share of the previous step that a step begins with.
+        trust_coefficient: length of a matrix's update at learning rate 1, in lengths of the matrix.
+    """
+
+    def __init__(self, params, lr, weight_decay=0, momentum=0.9, trust_coefficient=0.001):
+        defaults = dict(
+            lr=lr,
+            weight_decay=weight_decay,
+            momentum=momentum,
+            trust_coefficient=trust_coefficient,
+        )
+        super().__init__(params, defaults)
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        """One update; returns the loss of `closure`, where one is given."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            for weight in group["params"]:
+                if weight.grad is not None:
+                    self._update(weight, **{k: group[k] for k in self.defaults})
+        return loss
+
+    def _update(self, weight, lr, weight_decay, momentum, trust_coefficient):
+        update = weight.grad
+        if weight.ndim > 1:
+            update = update.add(weight, alpha=weight_decay)
+            weight_norm, update_norm = weight.norm(), update.norm()
+            trust = trust_coefficient * weight_norm / update_norm
+            usable = (weight_norm > 0) & (update_norm > 0)
+            update = update * torch.where(usable, trust, 1.0)  # no wait for the device
+        state = self.state[weight]
+        if "momentum" not in state:
+            state["momentum"] = torch.zeros_like(weight)
+        state["momentum"].mul_(momentum).add_(update)
+        weight.add_(state["momentum"], alpha=-lr)
