@@ -70,6 +70,8 @@ def finetune(args, process):
     mixes = args.mixup > 0 or args.cutmix > 0 or args.cutmix_minmax is not None
     if mixes and args.batch_size % 2:
         raise UserError(f"mixup and cutmix pair images: batch_size {args.batch_size} is not even")
+    if args.cutmix_minmax:
+        data.check_cutmix_sides(args.input_size, args.cutmix_minmax)
     cli.make_output_dirs(args.output_dir, args.log_dir, process)
 
     # ---- data
@@ -83,9 +85,9 @@ def finetune(args, process):
 
     # ---- model
     model = build_model(args)
-    nn.init.trunc_normal_(model.head.weight, std=2e-5)
     encoder = None
     if args.finetune:
+        nn.init.trunc_normal_(model.head.weight, std=2e-5)
         encoder = checkpoint.load_checkpoint(args.finetune)["model"]
         checkpoint.load_encoder(model, encoder, args.finetune)
     model.to(process.device)

@@ -6,22 +6,36 @@ from pathlib import Path
 
 
 def main(output_dir):
-    records = [json.loads(line) for line in (output_dir / "log.txt").read_text().splitlines()]
-    first, last = records[0], records[-1]
+    logs = {
+        name: [json.loads(line) for line in (output_dir / name / "log.txt").open()]
+        for name in ("pretrain", "finetune", "probe")
+    }
+    first, last = logs["pretrain"][0], logs["pretrain"][-1]
     print("mean squared error of the removed patches (normalised pixels):")
-    print(f"  training images   epoch {first['epoch']}: {first['train_loss']:.3f}", end="")
-    print(f"   epoch {last['epoch']}: {last['train_loss']:.3f}")
-    print(f"  held-out images   epoch {first['epoch']}: {first['val_loss']:.3f}", end="")
-    print(f"   epoch {last['epoch']}: {last['val_loss']:.3f}")
+    for images, loss in (("training", "train_loss"), ("held-out", "val_loss")):
+        print(
+            f"  {images} images   epoch {first['epoch']}: {first[loss]:.3f}"
+            f"   epoch {last['epoch']}: {last[loss]:.3f}"
+        )
     print(f"reconstructions     {output_dir / 'reconstructions.png'}")
-    print(f"checkpoint          {output_dir / 'checkpoint-last.pth'}")
-    print(f"epochs as JSON      {output_dir / 'log.txt'}")
+    print(f"checkpoints, logs   {output_dir}/*/checkpoint-last.pth, {output_dir}/*/log.txt")
     print(f"curves              .venv/bin/tensorboard --logdir {output_dir}")
+    print()
+    print("method                               accuracy on 2,000 held-out images")
+    print(
+        f"fine-tuned, {len(logs['finetune'])} epochs                 {accuracy(logs['finetune'])}"
+    )
+    print(f"linear probe (frozen), {len(logs['probe'])} epochs      {accuracy(logs['probe'])}")
+    print()
     print("next, on your own images:")
     print(
         "  .venv/bin/python main_pretrain.py --data_path DIR --model mae_vit_tiny_patch16 "
         "--epochs 100 --warmup_epochs 10"
     )
+
+
+def accuracy(records):
+    return f"{records[-1]['test_acc1']:.1f}%"
 
 
 if __name__ == "__main__":

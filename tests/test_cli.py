@@ -1,21 +1,25 @@
 """Bad input: one line on stderr that says what is wrong, exit code 2, before any training."""
 
+from functools import partial
+
 import pytest
 import torch
 from conftest import command_line, run, write_images
 
+import main_finetune
+import main_linprobe
 import main_pretrain
 from util import cli
 
 
 @pytest.fixture
-def pretrain_error(monkeypatch, capsys):
-    """Runs the command with flags that it must refuse; returns its one line on stderr."""
+def command_error(monkeypatch, capsys):
+    """Runs a command with flags that it must refuse; returns its one line on stderr."""
 
-    def error(flags):
-        monkeypatch.setattr("sys.argv", ["main_pretrain.py", *command_line(flags)])
+    def error(command, flags):
+        monkeypatch.setattr("sys.argv", [f"{command.__name__}.py", *command_line(flags)])
         with pytest.raises(SystemExit) as caught:
-            cli.run(main_pretrain.main, main_pretrain.get_args_parser())
+            cli.run(command.main, command.get_args_parser())
         assert caught.value.code == 2
         lines = [line for line in capsys.readouterr().err.splitlines() if "warning:" not in line]
         assert len(lines) == 1
@@ -23,6 +27,21 @@ def pretrain_error(monkeypatch, capsys):
         return lines[0]
 
     return error
+
+
+@pytest.fixture
+def pretrain_error(command_error):
+    return partial(command_error, main_pretrain)
+
+
+@pytest.fixture
+def finetune_error(command_error):
+    return partial(command_error, main_finetune)
+
+
+@pytest.fixture
+def linprobe_error(command_error):
+    return partial(command_error, main_linprobe)
 
 
 @pytest.mark.parametrize(
@@ -169,6 +188,168 @@ def test_help_prints_every_default(capsys):
     ):
         described = text.split(f" {flag} ", 1)[1].split(" --")[0]
         assert f"(default: {default})" in described, flag
+
+
+def test_help_prints_every_default_of_fine_tuning_and_probe(capsys):
+    shared = {"--model": "vit_large_patch16", "--nb_classes": 1000, "--input_size": 224}
+    finetune = {
+        "--batch_size": 64,
+        "--epochs": 50,
+        "--blr": 0.001,
+        "--min_lr": 1e-06,
+        "--warmup_epochs": 5,
+        "--weight_decay": 0.05,
+        "--layer_decay": 0.75,
+        "--drop_path": 0.1,
+        "--aa": "rand-m9-mstd0.5-inc1",
+        "--smoothing": 0.1,
+        "--reprob": 0.25,
+        "--remode": "pixel",
+        "--recount": 1,
+        "--mixup": 0.0,
+        "--cutmix": 0.0,
+        "--mixup_prob": 1.0,
+        "--mixup_switch_prob": 0.5,
+        "--mixup_mode": "batch",
+        "--global_pool": True,
+    }
+    probe = {
+        "--batch_size": 512,
+        "--epochs": 90,
+        "--blr": 0.1,
+        "--min_lr": 0.0,
+        "--warmup_epochs": 10,
+        "--weight_decay": 0.0,
+        "--global_pool": False,
+    }
+    for command, defaults in ((main_finetune, finetune), (main_linprobe, probe)):
+        with pytest.raises(SystemExit):
+            command.get_args_parser().parse_args(["--help"])
+        text = " ".join(capsys.readouterr().out.split("options:")[1].split())
+        for flag, default in (shared | defaults).items():
+            described = text.split(f" {flag} ", 1)[1].split(" --")[0]
+            assert f"(default: {default})" in described, flag
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ({"model": "mae_vit_base_patch16"}, "unknown model 'mae_vit_base_patch16': choose one of"),
+        ({"input_size": 30}, "input_size 30 x 30 (height x width) is not divisible by"),
+        ({"nb_classes": 1}, "--nb_classes 1 is below the 2 classes in"),
+        ({"mixup": 0.8, "batch_size": 3}, "batch_size 3 is not even"),
+        ({"cutmix": 1, "batch_size": 3}, "batch_size 3 is not even"),
+        ({"cutmix_minmax": [0.2, 0.8], "batch_size": 3}, "batch_size 3 is not even"),
+        (
+            {"smoothing": 1},
+            "argument --smoothing: 1 is not a finite number of at least 0 and",
+        ),
+        ({"smoothing": -0.1}, "argument --smoothing: -0.1 is not"),
+        (
+            {"layer_decay": 0},
+            "argument --layer_decay: 0 is not a finite number above 0 and",
+        ),
+        ({"layer_decay": 1.01}, "argument --layer_decay: 1.01 is not"),
+        ({"drop_path": 1}, "argument --drop_path: 1 is not"),
+        ({"aa": "rand-q3"}, "--aa rand-q3 is no policy that timm knows"),
+        ({"aa": "rand-n100-tweights"}, "--aa rand-n100-tweights is no policy that timm knows"),
+        ({"cutmix_minmax": [0.8, 0.2]}, "--cutmix_minmax 0.8 0.2: no side of an image of 8"),
+        ({"cutmix_minmax": [0.01, 0.1]}, "--cutmix_minmax 0.01 0.1: no side"),
+        ({"batch_size": 19}, "18 training images, fewer than one global batch of 19"),
+        ({"finetune": "missing.pth"}, "checkpoint missing.pth does not exist"),
+        ({"eval": True, "finetune": ""}, "--eval needs the checkpoint of a classifier"),
+    ],
+    ids=lambda value: str(value) if isinstance(value, dict) else "",
+)
+def test_wrong_flags_of_fine_tuning(classify_flags, finetune_error, flags, message):
+    assert message in finetune_error(classify_flags | flags)
+    assert not list(classify_flags["output_dir"].glob("*.pth"))
+
+
+def test_wrong_labelled_folders(classify_flags, finetune_error, linprobe_error, tmp_path):
+    write_images(tmp_path / "differ" / "train" / "a", 4)
+    write_images(tmp_path / "differ" / "val" / "b", 4)
+    write_images(tmp_path / "no_val" / "train" / "a", 4)
+    write_images(tmp_path / "flat" / "train", 4)
+    for name, message in (
+        ("differ", "they lack a and add b"),
+        ("no_val", f"{tmp_path / 'no_val' / 'val'} does not exist"),
+        ("flat", "000.png is in no class"),
+        ("missing", "does not exist"),
+    ):
+        for error in (finetune_error, linprobe_error):
+            assert message in error(classify_flags | {"data_path": tmp_path / name})
+
+
+def test_more_classes_than_found_are_a_warning(classify_flags, finetune, capsys):
+    finetune(classify_flags | {"nb_classes": 3, "epochs": 1, "warmup_epochs": 0.5})
+    assert "warning: --nb_classes 3 is above the 2 classes" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("evaluating", [False, True])
+def test_a_broken_image_is_not_dropped_from_evaluation(
+    tmp_path, classify_flags, finetune, finetune_error, evaluating
+):
+    folder = tmp_path / "broken"
+    for split in ("train", "val"):
+        for label in "ab":
+            write_images(folder / split / label, 4)
+    flags = classify_flags | {"data_path": folder, "epochs": 1, "warmup_epochs": 0.5}
+    if evaluating:
+        finetune(flags)
+        flags |= {"eval": True, "resume": flags["output_dir"] / "checkpoint-last.pth"}
+        del flags["finetune"]
+    (folder / "val" / "b" / "002.png").write_bytes(b"no image")
+    message = finetune_error(flags)
+    assert f"{folder / 'val' / 'b' / '002.png'} is unreadable" in message
+
+
+def test_wrong_checkpoints(
+    tmp_path, classify_flags, encoder, finetune, linprobe, finetune_error, linprobe_error
+):
+    """To start from, to evaluate, and to go on from after the encoder was replaced."""
+    for model, message in (
+        ("vit_tiny_patch4", "has width 32 and 2 blocks, the model width 192 and 12 blocks"),
+        ("vit_tiny_patch2", "has patches of 4 x 4 pixels"),
+    ):
+        for error in (finetune_error, linprobe_error):
+            assert message in error(classify_flags | {"model": model})
+
+    finetune(classify_flags | {"epochs": 1, "warmup_epochs": 0.5})
+    classifier = classify_flags["output_dir"] / "checkpoint-last.pth"
+    renamed = tmp_path / "renamed"
+    write_images(renamed / "val" / "a", 2)
+    write_images(renamed / "val" / "c", 2)
+    flags = classify_flags | {"eval": True, "resume": classifier}
+    assert "not of both" in finetune_error(flags)
+    del flags["finetune"]
+    for changed, message in (
+        ({"resume": encoder}, "has no head"),
+        ({"nb_classes": 3}, "a classifier of 2 classes, not 3: use --nb_classes 2"),
+        ({"cls_token": True}, "missing norm.weight, norm.bias; unexpected fc_norm.weight"),
+        ({"model": "vit_tiny_patch4"}, "has width 32"),
+        ({"data_path": renamed}, "they lack b and add c"),
+    ):
+        assert message in finetune_error(flags | changed)
+
+    probe_dir = tmp_path / "probe"
+    linprobe(classify_flags | {"output_dir": probe_dir})
+    assert "give it by --resume" in linprobe_error(classify_flags | {"eval": True})
+    flags = classify_flags | {"eval": True, "resume": probe_dir / "checkpoint-last.pth"}
+    contents = torch.load(encoder, weights_only=True)
+    contents["model"]["cls_token"] += 1
+    other = tmp_path / "other.pth"
+    torch.save(contents, other)
+    for changed, message in (
+        ({"finetune": other}, "is a probe of another encoder"),
+        ({"nb_classes": 3}, "is a probe with --nb_classes 2"),
+        ({"resume": classifier}, "is not a checkpoint of main_linprobe.py"),
+        ({"data_path": renamed}, "they lack b and add c"),
+    ):
+        assert message in linprobe_error(flags | changed)
+    assert "encoder (" in finetune_error(
+        classify_flags | {"epochs": 1, "warmup_epochs": 0.5, "finetune": other}
+    )
 
 
 def test_scripts_exit_with_the_error(tmp_path):

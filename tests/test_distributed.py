@@ -6,8 +6,7 @@ import time
 
 import pytest
 import torch
-from conftest import run, start, write_images
-from test_pretrain import final_state
+from conftest import final_state, run, start, write_images
 
 from util.distributed import Process
 from util.loading import ShuffledBatches

@@ -8,9 +8,8 @@ import time
 import numpy as np
 import pytest
 import torch
-from conftest import run, start, write_images
+from conftest import assert_same_bits, events, final_state, kill_and_resume, run, write_images
 from PIL import Image
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import models_mae
 from engine_pretrain import evaluate
@@ -21,44 +20,6 @@ from util.lr_sched import warmup_cosine_lr
 from util.seeding import derive_seed, uniform_noise
 
 SCRIPT = "tests/tiny_pretrain.py"
-
-
-def final_state(output_dir):
-    """Weights, optimizer state and logged losses of a finished run."""
-    contents = load_checkpoint(output_dir / "checkpoint-last.pth")
-    records = [json.loads(line) for line in (output_dir / "log.txt").read_text().splitlines()]
-    losses = [(r["epoch"], r["train_loss"], r["val_loss"]) for r in records]
-    return contents["model"], contents["optimizer"], losses
-
-
-def assert_same_bits(state, other):
-    """Two `final_state`s are equal to the last bit."""
-    assert state[2] == other[2]
-    for weights, others in ((state[0], other[0]), (state[1]["state"], other[1]["state"])):
-        flat, others = (
-            {
-                (k, n): t
-                for k, v in d.items()
-                for n, t in (v if isinstance(v, dict) else {0: v}).items()
-            }
-            for d in (weights, others)
-        )
-        assert flat.keys() == others.keys()
-        assert all(torch.equal(flat[key], others[key]) for key in flat)
-
-
-def events(log_dir):
-    """TensorBoard scalars as {tag: {x: value}}, and the image tags with their x."""
-    accumulator = EventAccumulator(str(log_dir)).Reload()
-    scalars = {
-        tag: {event.step: event.value for event in accumulator.Scalars(tag)}
-        for tag in accumulator.Tags()["scalars"]
-    }
-    images = {
-        tag: [event.step for event in accumulator.Images(tag)]
-        for tag in accumulator.Tags()["images"]
-    }
-    return scalars, images
 
 
 @pytest.fixture(scope="module")
@@ -96,21 +57,7 @@ def test_killed_and_resumed_equals_uninterrupted(
     image_folder, tmp_path, uninterrupted, number, workers
 ):
     flags = kill_flags(image_folder, tmp_path, workers)
-    process = start(SCRIPT, flags)
-    lines = (line for line in process.stdout if line.startswith("epoch "))
-    for _ in range(random.randint(1, 24)):
-        next(lines)
-    process.send_signal(number)
-    rest, err = process.communicate(timeout=60)
-    if number == signal.SIGKILL:
-        assert process.returncode == -9
-    elif process.returncode != 0:  # it may have been done when the signal came
-        assert process.returncode == 128 + number, err
-        assert f"{number.name}: stopped after step" in rest
-
-    code, out, err = run(SCRIPT, flags)
-    assert code == 0, err
-    assert "resuming" in out
+    kill_and_resume(SCRIPT, flags, number, lines=random.randint(3, 24))
     assert_same_bits(final_state(tmp_path), uninterrupted)
 
 

@@ -76,11 +76,21 @@ def finetune_transform(input_size, color_jitter=None, aa="rand-m9-mstd0.5-inc1")
             interpolation="bicubic",
             normalize=False,
         )
+        augmentation(Image.new("RGB", (32, 32)))  # some policies fail at their first image
     except (AssertionError, ValueError, IndexError, KeyError) as error:
         raise UserError(
             f"--aa {aa} is no policy that timm knows, such as rand-m9-mstd0.5-inc1"
         ) from error
     return v2.Compose([v2.ToPILImage(), augmentation])
+
+
+def check_cutmix_sides(input_size, minmax):
+    """Refuse, with a UserError, bounds between which no side of a pasted rectangle lies."""
+    if any(int(side * minmax[0]) >= int(side * minmax[1]) for side in to_2tuple(input_size)):
+        raise UserError(
+            f"--cutmix_minmax {minmax[0]} {minmax[1]}: no side of an image of {input_size} pixels "
+            "lies between, take a larger MAX or a smaller MIN"
+        )
 
 
 def _posterize(image, bits_to_keep, **_):

@@ -121,7 +121,7 @@ def add_augmentation_flags(parser):
     """Augmentation and regularisation of images and labels, by timm."""
     group = parser.add_argument_group("Augmentation")
     group.add_argument(
-        "--color_jitter", type=number(), help="strength of colour jitter, where --aa is none"
+        "--color_jitter", type=number(), help="strength of colour jitter, used without a policy"
     )
     group.add_argument(
         "--aa",

@@ -37,19 +37,19 @@ class LARS(torch.optim.Optimizer):
         for group in self.param_groups:
             for weight in group["params"]:
                 if weight.grad is not None:
-                    self._update(weight, **{k: group[k] for k in self.defaults})
+                    self._update(weight, group)
         return loss
 
-    def _update(self, weight, lr, weight_decay, momentum, trust_coefficient):
+    def _update(self, weight, group):
         update = weight.grad
         if weight.ndim > 1:
-            update = update.add(weight, alpha=weight_decay)
+            update = update.add(weight, alpha=group["weight_decay"])
             weight_norm, update_norm = weight.norm(), update.norm()
-            trust = trust_coefficient * weight_norm / update_norm
+            trust = group["trust_coefficient"] * weight_norm / update_norm
             usable = (weight_norm > 0) & (update_norm > 0)
             update = update * torch.where(usable, trust, 1.0)  # no wait for the device
         state = self.state[weight]
         if "momentum" not in state:
             state["momentum"] = torch.zeros_like(weight)
-        state["momentum"].mul_(momentum).add_(update)
-        weight.add_(state["momentum"], alpha=-lr)
+        state["momentum"].mul_(group["momentum"]).add_(update)
+        weight.add_(state["momentum"], alpha=-group["lr"])

@@ -1,7 +1,7 @@
 """Parameter groups and the AdamW optimizer of the recipes (paper, tables 8 and 9)."""
 
 import torch
-from timm.optim import param_groups_layer_decay, param_groups_weight_decay
+from timm.optim import param_groups_weight_decay
 
 
 def weight_decay_groups(model, weight_decay):
@@ -10,14 +10,30 @@ def weight_decay_groups(model, weight_decay):
 
 
 def layer_decay_groups(model, weight_decay, layer_decay):
-    """Optimizer groups of a classifier whose learning rate falls from the head to the patches.
+    """Groups of the trainable parameters whose learning rate falls from the head to the patches.
 
-    The head's `lr_scale` is 1 and every block's is `layer_decay` times the next one's, as in BEiT
-    (arXiv 2106.08254). 1-D tensors, biases, class token and positions have no weight decay.
+    Head and final norm have an `lr_scale` of 1, every block `layer_decay` times the next one's, as
+    in BEiT (arXiv 2106.08254); timm's function would put the final norm into the last block. 1-D
+    tensors, biases, class token and positions have no weight decay.
     """
-    return param_groups_layer_decay(
-        model, weight_decay, model.no_weight_decay(), layer_decay=layer_decay
-    )
+    last = len(model.blocks) + 1
+    groups = {}
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        layer = last
+        if name.startswith("blocks."):
+            layer = 1 + int(name.split(".")[1])
+        elif name.startswith(("cls_token", "pos_embed", "patch_embed.")):
+            layer = 0
+        decays = parameter.ndim > 1 and name not in model.no_weight_decay()
+        group = {
+            "params": [],
+            "weight_decay": weight_decay if decays else 0.0,
+            "lr_scale": layer_decay ** (last - layer),
+        }
+        groups.setdefault((layer, decays), group)["params"].append(parameter)
+    return list(groups.values())
 
 
 def adamw(groups, *, betas):
