@@ -88,8 +88,7 @@ def finetune(args, process):
     encoder = None
     if args.finetune:
         nn.init.trunc_normal_(model.head.weight, std=2e-5)
-        encoder = checkpoint.load_checkpoint(args.finetune)["model"]
-        checkpoint.load_encoder(model, encoder, args.finetune)
+        encoder = checkpoint.start_from(model, args.finetune)
     model.to(process.device)
     if args.compile:
         for block in model.blocks:
@@ -127,7 +126,7 @@ def finetune(args, process):
         flags=vars(args),
         images=train_paths,
         steps=len(train_loader),
-        settings={"encoder": encoder and checkpoint.fingerprint(encoder)},
+        settings={"encoder": encoder},
         contents={"classes": train_paths.classes},
         **cli.pick(args, RUN_FLAGS),
     )

@@ -150,7 +150,7 @@ def evaluate_checkpoint(args, process):
 
 
 def build_model(args):
-    """The frozen classifier, its trainable head under its published keys, the encoder's checksum"""
+    """The classifier, its trainable head under the classifier's keys, the encoder's checksum."""
     torch.manual_seed(derive_seed(args.seed, "init"))
     model = models_vit.build_model(
         args.model,
@@ -158,10 +158,9 @@ def build_model(args):
         num_classes=args.nb_classes,
         global_pool=args.global_pool,
     )
-    encoder = checkpoint.load_checkpoint(args.finetune)["model"]
-    checkpoint.load_encoder(model, encoder, args.finetune)
+    encoder = checkpoint.start_from(model, args.finetune)
     models_vit.add_probe_head(model)
-    return model, nn.ModuleDict({"head": model.head}), checkpoint.fingerprint(encoder)
+    return model, nn.ModuleDict({"head": model.head}), encoder
 
 
 if __name__ == "__main__":

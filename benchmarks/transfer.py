@@ -57,7 +57,7 @@ def accuracy(recipe, flags, seed):
         command += ["--output_dir", folder]
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
         *_, last = (Path(folder) / "log.txt").read_text().splitlines()
-    return json.loads(last)["test_acc1"]
+    return round(json.loads(last)["test_acc1"], 2)
 
 
 def flags_of(recipe):

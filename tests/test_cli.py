@@ -324,7 +324,7 @@ def test_wrong_checkpoints(
     assert "not of both" in finetune_error(flags)
     del flags["finetune"]
     for changed, message in (
-        ({"resume": encoder}, "has no head"),
+        ({"resume": encoder}, "has no head of a classifier: it holds a pre-trained encoder"),
         ({"nb_classes": 3}, "a classifier of 2 classes, not 3: use --nb_classes 2"),
         ({"cls_token": True}, "missing norm.weight, norm.bias; unexpected fc_norm.weight"),
         ({"model": "vit_tiny_patch4"}, "has width 32"),

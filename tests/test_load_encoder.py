@@ -13,6 +13,7 @@ from torch.nn import functional as F
 import models_vit
 from models_mae import MaskedAutoencoderViT
 from util.checkpoint import fingerprint, load_checkpoint, load_classifier, load_encoder
+from util.pos_embed import sincos_pos_embed_2d
 
 ADDRESS = "https://example.invalid/models/released.pth"
 SMALL = {"embed_dim": 32, "depth": 2, "num_heads": 4}
@@ -341,3 +342,40 @@ def test_the_fingerprint_is_that_of_names_and_bits():
             others.append(weights | {key: changed})
     assert original not in map(fingerprint, others)
     assert len(set(map(fingerprint, others))) == len(others)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("cls_token", [1.0], "holds no 3-D tensor as cls_token"),
+        ("patch_embed.proj.weight", torch.zeros(5), "holds no 4-D tensor as patch_embed.proj"),
+        (
+            "pos_embed",
+            sincos_pos_embed_2d(32, 14)[None],
+            "195 positions, which is not a square",
+        ),
+    ],
+)
+def test_malformed_weights_are_the_users_error(user_error, key, value, message):
+    """Also a position table without the class token's row."""
+    model = models_vit.factory(4, 32, 2, 4)(img_size=8)
+    weights = dict(model.state_dict(), **{key: value})
+    assert message in user_error(lambda: load_encoder(model, weights))
+
+
+def test_a_reset_connection_is_no_torn_file_and_a_torn_download_can_be_removed(
+    tmp_path, monkeypatch, user_error
+):
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    cache = tmp_path / "hub" / "checkpoints"
+    cache.mkdir(parents=True)
+    (cache / "released.pth").write_bytes(b"torn")
+    assert f"remove it from {cache}" in user_error(lambda: load_checkpoint(ADDRESS))
+    (cache / "released.pth").unlink()
+
+    def reset(*_, **__):
+        raise ConnectionResetError("reset by peer")
+
+    monkeypatch.setattr("torch.hub.download_url_to_file", reset)
+    message = user_error(lambda: load_checkpoint(ADDRESS))
+    assert message == f"{ADDRESS} can't be downloaded: reset by peer"

@@ -2,7 +2,6 @@
 
 import argparse
 import os
-import urllib.error
 import zlib
 from pathlib import Path
 
@@ -62,10 +61,13 @@ def load_checkpoint(path):
                 contents = safetensors.torch.load_file(path)
             else:
                 contents = torch.load(path, map_location="cpu", weights_only=True)
-    except urllib.error.URLError as error:
-        raise UserError(f"{path} can't be downloaded: {error.reason}") from error
     except Exception as error:  # the loaders raise anything on broken files
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        if remote and isinstance(error, OSError):
+            reason = getattr(error, "reason", reason)
+            raise UserError(f"{path} can't be downloaded: {reason}") from error
+        if remote:
+            reason += f" (to download it again, remove it from {torch.hub.get_dir()}/checkpoints)"
         raise UserError(f"{path} is torn or not a checkpoint: {reason}") from error
     if not isinstance(contents, dict) or not contents:
         raise UserError(f"{path} holds no model weights: not a checkpoint of a model")
@@ -108,6 +110,13 @@ def find_checkpoint(resume, output_dir):
     return None, None
 
 
+def start_from(model, path):
+    """Load the encoder of a file into a classifier, see `load_encoder`; returns its fingerprint."""
+    weights = load_checkpoint(path)["model"]
+    load_encoder(model, weights, path)
+    return fingerprint(weights)
+
+
 def fingerprint(state_dict):
     """A checksum of the names and bits of weights on the CPU."""
     checksum = 0
@@ -143,9 +152,10 @@ def load_classifier(model, state_dict, source="the checkpoint"):
     """Load a whole classifier; args and errors as of `load_encoder`, but nothing may be missing."""
     head = state_dict.get("head.weight")
     if head is None:
-        raise UserError(
-            f"{source} has no head: it holds a pre-trained encoder, fine-tune it before evaluation"
-        )
+        kind = "the head of a linear probe, evaluate it by main_linprobe.py"
+        if "head.1.weight" not in state_dict:
+            kind = "a pre-trained encoder, fine-tune it before evaluation"
+        raise UserError(f"{source} has no head of a classifier: it holds {kind}")
     if len(head) != len(model.head.weight):
         raise UserError(
             f"{source} is a classifier of {len(head)} classes, not {len(model.head.weight)}: "
@@ -155,9 +165,12 @@ def load_classifier(model, state_dict, source="the checkpoint"):
 
 
 def _load_weights(model, weights, source, may_miss):
+    own = model.state_dict()
+    for key in weights:
+        if key in own and getattr(weights[key], "ndim", None) != own[key].ndim:
+            raise UserError(f"{source} holds no {own[key].ndim}-D tensor as {key}")
     _check_same_size(model, weights, source)
     weights = dict(weights)
-    own = model.state_dict()
     if "pos_embed" in weights:
         try:
             resampled = interpolate_pos_embed(weights["pos_embed"], model.patch_embed.grid_size)

@@ -79,7 +79,7 @@ def find_grid(table, likely):
         fixed = {shape: sincos_pos_embed_2d(D, shape) for shape in shapes}
         distances = {shape: (table.float() - fixed[shape]).norm().item() for shape in shapes}
         closest = min(distances, key=distances.get)
-        if distances[closest] < 0.5 * fixed[closest].norm().item():
+        if distances[closest] < 0.2 * fixed[closest].norm().item():
             return closest
     side = math.isqrt(L)
     for height, width in (likely, (side, side)):
