@@ -1,5 +1,7 @@
 """One epoch of training a classifier, fine-tuned or probed, and its accuracy."""
 
+import math
+
 import torch
 import torch.nn.functional as F
 
@@ -95,7 +97,7 @@ def evaluate(model, loader, *, amp_dtype):
         cross entropy.
 
     Raises:
-        UserError: in every process, an image of any of them is unreadable.
+        UserError: in every process, an image of any of them is unreadable or the loss not finite.
     """
     model.eval()
     distributed.share_buffers(model)
@@ -116,4 +118,6 @@ def evaluate(model, loader, *, amp_dtype):
         others = f" and {len(broken) - 1} others are" if len(broken) > 1 else " is"
         raise UserError(f"{broken[0]}{others} unreadable: evaluation takes every image, repair it")
     top1, top5, loss = (sum(values) / len(loader.dataset) for values in zip(*gathered, strict=True))
+    if not math.isfinite(loss):
+        raise UserError(f"the loss on the held-out images is {loss}: the weights are of no use")
     return {"test_acc1": 100 * top1, "test_acc5": 100 * top5, "test_loss": loss}

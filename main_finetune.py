@@ -1,8 +1,9 @@
 """Fine-tune a pre-trained encoder as a classifier, train one from scratch, or evaluate one.
 
-    python main_finetune.py --finetune CKPT --data_path DIR --nb_classes 10 --model vit_base_patch16
-    torchrun --nproc_per_node 8 main_finetune.py --finetune CKPT --data_path DIR --mixup 0.8
-    python main_finetune.py --eval --resume output_dir/checkpoint-best.pth --data_path DIR
+    RUN="main_finetune.py --data_path DIR --nb_classes 10 --model vit_base_patch16"
+    python $RUN --finetune CKPT --output_dir finetuned
+    torchrun --nproc_per_node 8 $RUN --finetune CKPT --output_dir finetuned --mixup 0.8
+    python $RUN --eval --resume finetuned/checkpoint-best.pth --output_dir finetuned
 
 Classes are the folders in DIR/train and DIR/val. CKPT is a checkpoint of main_pretrain.py, a
 released one, bare weights (.pth or .safetensors) or the https:// address of such a .pth. Run the
@@ -20,7 +21,7 @@ from util import checkpoint, cli, data, distributed, flags, image_files, loading
 from util.errors import UserError
 from util.lr_sched import SCHEDULE_FLAGS, make_schedule
 from util.precision import grad_scaler, resolve_amp
-from util.run import RUN_FLAGS, Run
+from util.run import ARCHITECTURE_FLAGS, RUN_FLAGS, Run
 from util.seeding import derive_seed
 
 
@@ -150,14 +151,13 @@ def finetune(args, process):
                 scaler,
                 run=run,
                 epoch=epoch,
-                seed=args.seed,
                 schedule=schedule,
-                accum_iter=args.accum_iter,
-                amp_dtype=amp_dtype,
-                clip_grad=args.clip_grad,
                 random_erasing=random_erasing,
                 mixup=mixup,
+                amp_dtype=amp_dtype,
+                **cli.pick(args, "seed accum_iter clip_grad"),
             )
+            run.save_before_evaluation()
             figures = evaluate(model, val_loader, amp_dtype=amp_dtype)
             run.log.accuracy(epoch + 1, figures)
             record |= figures | {"n_parameters": parameters}
@@ -176,6 +176,7 @@ def evaluate_checkpoint(args, process):
     (val_paths,) = image_files.find_labelled_images(args.data_path, args.nb_classes, ["val"])
     if "classes" in contents:
         image_files.check_classes(val_paths, contents["classes"], path)
+    checkpoint.check_flags(contents, path, cli.pick(args, ARCHITECTURE_FLAGS))
     model = build_model(args)
     checkpoint.load_classifier(model, contents["model"], path)
     batching = cli.pick(args, "batch_size seed num_workers pin_mem")

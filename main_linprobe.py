@@ -1,9 +1,9 @@
 """Train a linear classifier on the frozen features of a pre-trained encoder, or evaluate one.
 
-    python main_linprobe.py --finetune CKPT --data_path DIR --nb_classes 10 --model vit_base_patch16
-    torchrun --nproc_per_node 8 main_linprobe.py --finetune CKPT --data_path DIR
-    python main_linprobe.py --eval --finetune CKPT --resume output_dir/checkpoint-best.pth \\
-        --data_path DIR
+    RUN="main_linprobe.py --finetune CKPT --data_path DIR --nb_classes 10 --model vit_base_patch16"
+    python $RUN --output_dir probed
+    torchrun --nproc_per_node 8 $RUN --output_dir probed
+    python $RUN --output_dir probed --eval --resume probed/checkpoint-best.pth
 
 Classes are the folders in DIR/train and DIR/val; CKPT is what main_finetune.py takes. The
 checkpoints of the probe hold its head alone. Run the same command again to continue after any
@@ -20,7 +20,7 @@ from util.errors import UserError
 from util.lars import LARS
 from util.lr_sched import SCHEDULE_FLAGS, make_schedule
 from util.precision import grad_scaler, resolve_amp
-from util.run import RUN_FLAGS, Run
+from util.run import ARCHITECTURE_FLAGS, RUN_FLAGS, Run
 from util.seeding import derive_seed
 
 
@@ -52,6 +52,8 @@ def main(args):
 
 def probe(args, process):
     # ---- setup
+    if args.batch_size < 2:
+        raise UserError("batch_size 1 has no statistics for BatchNorm: take at least 2")
     cli.make_output_dirs(args.output_dir, args.log_dir, process)
     amp_dtype = resolve_amp(args.amp, process.device)
     effective_batch = args.batch_size * args.accum_iter * process.world_size
@@ -111,12 +113,11 @@ def probe(args, process):
                 scaler,
                 run=run,
                 epoch=epoch,
-                seed=args.seed,
                 schedule=schedule,
-                accum_iter=args.accum_iter,
                 amp_dtype=amp_dtype,
-                clip_grad=args.clip_grad,
+                **cli.pick(args, "seed accum_iter clip_grad"),
             )
+            run.save_before_evaluation()
             figures = evaluate(model, val_loader, amp_dtype=amp_dtype)
             run.log.accuracy(epoch + 1, figures)
             record |= figures | {"n_parameters": parameters}
@@ -133,14 +134,11 @@ def evaluate_checkpoint(args, process):
         raise UserError(f"{args.resume} is not a checkpoint of main_linprobe.py")
     (val_paths,) = image_files.find_labelled_images(args.data_path, args.nb_classes, ["val"])
     image_files.check_classes(val_paths, contents["classes"], args.resume)
+    checkpoint.check_flags(contents, args.resume, cli.pick(args, ARCHITECTURE_FLAGS))
     model, head, encoder = build_model(args)
     if encoder != contents["training"]["encoder"]:
         raise UserError(f"{args.resume} is a probe of another encoder than {args.finetune}")
-    try:
-        head.load_state_dict(contents["model"])
-    except RuntimeError as error:
-        saved = contents["args"]["nb_classes"]
-        raise UserError(f"{args.resume} is a probe with --nb_classes {saved}") from error
+    head.load_state_dict(contents["model"])
     batching = cli.pick(args, "batch_size seed num_workers pin_mem")
     val_loader = loading.eval_loader(val_paths, args.input_size, process, **batching)
     figures = evaluate(model.to(process.device), val_loader, amp_dtype=amp_dtype)

@@ -251,8 +251,8 @@ def test_help_prints_every_default_of_fine_tuning_and_probe(capsys):
         ),
         ({"layer_decay": 1.01}, "argument --layer_decay: 1.01 is not"),
         ({"drop_path": 1}, "argument --drop_path: 1 is not"),
-        ({"aa": "rand-q3"}, "--aa rand-q3 is no policy that timm knows"),
-        ({"aa": "rand-n100-tweights"}, "--aa rand-n100-tweights is no policy that timm knows"),
+        ({"aa": "rand-q3"}, "timm can't use --aa rand-q3 (Unknown RandAugment"),
+        ({"aa": "rand-n100-tweights"}, "timm can't use --aa rand-n100-tweights"),
         ({"cutmix_minmax": [0.8, 0.2]}, "--cutmix_minmax 0.8 0.2: no side of an image of 8"),
         ({"cutmix_minmax": [0.01, 0.1]}, "--cutmix_minmax 0.01 0.1: no side"),
         ({"batch_size": 19}, "18 training images, fewer than one global batch of 19"),
@@ -281,6 +281,27 @@ def test_wrong_labelled_folders(classify_flags, finetune_error, linprobe_error, 
             assert message in error(classify_flags | {"data_path": tmp_path / name})
 
 
+def test_a_probe_of_single_images_is_refused(classify_flags, linprobe_error):
+    assert "batch_size 1 has no statistics" in linprobe_error(classify_flags | {"batch_size": 1})
+
+
+def test_weights_that_are_no_numbers_are_not_evaluated(
+    tmp_path, classify_flags, finetune, finetune_error, capsys
+):
+    """Another input size is evaluated, with a warning."""
+    finetune(classify_flags | {"epochs": 1, "warmup_epochs": 0.5, "dist_eval": True})
+    assert "--dist_eval is not needed" in capsys.readouterr().err
+    del classify_flags["finetune"]
+    whole = classify_flags["output_dir"] / "checkpoint-last.pth"
+    finetune(classify_flags | {"eval": True, "resume": whole, "input_size": 12})
+    assert "was trained with input_size 8, not 12" in capsys.readouterr().err
+    contents = torch.load(whole, weights_only=True)
+    contents["model"]["cls_token"] *= torch.nan
+    torch.save(contents, tmp_path / "nan.pth")
+    flags = classify_flags | {"eval": True, "resume": tmp_path / "nan.pth"}
+    assert "the loss on the held-out images is nan" in finetune_error(flags)
+
+
 def test_more_classes_than_found_are_a_warning(classify_flags, finetune, capsys):
     finetune(classify_flags | {"nb_classes": 3, "epochs": 1, "warmup_epochs": 0.5})
     assert "warning: --nb_classes 3 is above the 2 classes" in capsys.readouterr().err
@@ -288,7 +309,7 @@ def test_more_classes_than_found_are_a_warning(classify_flags, finetune, capsys)
 
 @pytest.mark.parametrize("evaluating", [False, True])
 def test_a_broken_image_is_not_dropped_from_evaluation(
-    tmp_path, classify_flags, finetune, finetune_error, evaluating
+    tmp_path, classify_flags, finetune, finetune_error, capsys, evaluating
 ):
     folder = tmp_path / "broken"
     for split in ("train", "val"):
@@ -302,6 +323,10 @@ def test_a_broken_image_is_not_dropped_from_evaluation(
     (folder / "val" / "b" / "002.png").write_bytes(b"no image")
     message = finetune_error(flags)
     assert f"{folder / 'val' / 'b' / '002.png'} is unreadable" in message
+    if not evaluating:  # the epoch of training is not lost
+        write_images(folder / "val" / "b", 4)
+        finetune(flags)
+        assert "checkpoint-last.pth after step 4 of epoch 0" in capsys.readouterr().out
 
 
 def test_wrong_checkpoints(
@@ -325,9 +350,9 @@ def test_wrong_checkpoints(
     del flags["finetune"]
     for changed, message in (
         ({"resume": encoder}, "has no head of a classifier: it holds a pre-trained encoder"),
-        ({"nb_classes": 3}, "a classifier of 2 classes, not 3: use --nb_classes 2"),
-        ({"cls_token": True}, "missing norm.weight, norm.bias; unexpected fc_norm.weight"),
-        ({"model": "vit_tiny_patch4"}, "has width 32"),
+        ({"nb_classes": 3}, "trained with nb_classes 2, not 3"),
+        ({"cls_token": True}, "trained with global_pool True, not False"),
+        ({"model": "vit_tiny_patch4"}, "trained with model tiny_test_vit, not vit_tiny_patch4"),
         ({"data_path": renamed}, "they lack b and add c"),
     ):
         assert message in finetune_error(flags | changed)
@@ -342,7 +367,8 @@ def test_wrong_checkpoints(
     torch.save(contents, other)
     for changed, message in (
         ({"finetune": other}, "is a probe of another encoder"),
-        ({"nb_classes": 3}, "is a probe with --nb_classes 2"),
+        ({"nb_classes": 3}, "trained with nb_classes 2, not 3"),
+        ({"global_pool": True}, "trained with global_pool False, not True"),
         ({"resume": classifier}, "is not a checkpoint of main_linprobe.py"),
         ({"data_path": renamed}, "they lack b and add c"),
     ):

@@ -247,6 +247,8 @@ TRANSFORMS = {"probe": data.probe_transform, "finetune": data.finetune_transform
 )
 def test_finetune_transform_is_timms(size, options, aa, color_jitter):
     """As pixels, where timm's is normalised."""
+    if aa == "augmix-m3" and size != 24:
+        pytest.skip("timm 1.0.12 mixes squares alone")
     opened = photograph(61, 47)
     transform = data.finetune_transform(size, **options)
     expected = create_transform(
@@ -293,7 +295,7 @@ def test_posterize_keeps_the_highest_bits_also_if_these_are_none(name):
     ["foo", "v1", "rand-x3", "rand-m9.5", "randaugment-m9", "augmix-z1", "original-m9", "-"],
 )
 def test_an_unknown_policy_is_the_users_error(user_error, aa):
-    assert f"--aa {aa} is no policy" in user_error(lambda: data.finetune_transform(16, aa=aa))
+    assert f"timm can't use --aa {aa} (" in user_error(lambda: data.finetune_transform(16, aa=aa))
 
 
 @pytest.mark.parametrize("name", TRANSFORMS)

@@ -12,7 +12,13 @@ from torch.nn import functional as F
 
 import models_vit
 from models_mae import MaskedAutoencoderViT
-from util.checkpoint import fingerprint, load_checkpoint, load_classifier, load_encoder
+from util.checkpoint import (
+    fingerprint,
+    load_checkpoint,
+    load_classifier,
+    load_encoder,
+    start_from,
+)
 from util.pos_embed import sincos_pos_embed_2d
 
 ADDRESS = "https://example.invalid/models/released.pth"
@@ -347,8 +353,8 @@ def test_the_fingerprint_is_that_of_names_and_bits():
 @pytest.mark.parametrize(
     ("key", "value", "message"),
     [
-        ("cls_token", [1.0], "holds no 3-D tensor as cls_token"),
-        ("patch_embed.proj.weight", torch.zeros(5), "holds no 4-D tensor as patch_embed.proj"),
+        ("cls_token", torch.zeros(5), "has 1, not 3 axes in cls_token"),
+        ("patch_embed.proj.weight", torch.zeros(5), "has 1, not 4 axes in patch_embed.proj"),
         (
             "pos_embed",
             sincos_pos_embed_2d(32, 14)[None],
@@ -361,6 +367,25 @@ def test_malformed_weights_are_the_users_error(user_error, key, value, message):
     model = models_vit.factory(4, 32, 2, 4)(img_size=8)
     weights = dict(model.state_dict(), **{key: value})
     assert message in user_error(lambda: load_encoder(model, weights))
+
+
+@pytest.mark.parametrize("weights", [{"cls_token": [1.0]}, {3: torch.zeros(1)}])
+def test_a_model_of_other_things_than_tensors_is_refused(tmp_path, user_error, weights):
+    torch.save({"model": weights, "args": {}}, tmp_path / "odd.pth")
+    assert "other things than tensors" in user_error(lambda: load_checkpoint(tmp_path / "odd.pth"))
+
+
+def test_the_same_encoder_in_another_file_is_the_same(tmp_path):
+    """Bare, in another order and without its decoder, the start of a training is no other."""
+    weights = autoencoder_weights()
+    encoder = {k: v for k, v in reversed(weights.items()) if not k.startswith("decoder_")}
+    torch.save({"model": weights}, tmp_path / "whole.pth")
+    torch.save(encoder, tmp_path / "encoder.pth")
+    torch.save(encoder | {"cls_token": encoder["cls_token"] + 1}, tmp_path / "other.pth")
+    whole, same, other = (
+        start_from(classifier(), tmp_path / f"{name}.pth") for name in ("whole", "encoder", "other")
+    )
+    assert whole == same != other
 
 
 def test_a_reset_connection_is_no_torn_file_and_a_torn_download_can_be_removed(

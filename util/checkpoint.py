@@ -73,8 +73,11 @@ def load_checkpoint(path):
         raise UserError(f"{path} holds no model weights: not a checkpoint of a model")
     if all(isinstance(value, torch.Tensor) for value in contents.values()):
         contents = {"model": contents}
-    if not isinstance(contents.get("model"), dict):
+    model = contents.get("model")
+    if not isinstance(model, dict):
         raise UserError(f"{path} has no entry 'model': not a checkpoint of a model")
+    if not all(isinstance(k, str) and isinstance(v, torch.Tensor) for k, v in model.items()):
+        raise UserError(f"{path} has other things than tensors in its 'model'")
     if isinstance(contents.get("args"), argparse.Namespace):
         contents["args"] = vars(contents["args"])
     return contents
@@ -114,7 +117,29 @@ def start_from(model, path):
     """Load the encoder of a file into a classifier, see `load_encoder`; returns its fingerprint."""
     weights = load_checkpoint(path)["model"]
     load_encoder(model, weights, path)
-    return fingerprint(weights)
+    encoder = [k for k in model.state_dict() if k in weights and not k.startswith("head.")]
+    return fingerprint({key: weights[key] for key in encoder})
+
+
+def check_flags(contents, path, given):
+    """Refuse, with a UserError, to evaluate a checkpoint otherwise than it was trained.
+
+    Another input size, which resamples the positions of a classifier, is a warning.
+
+    Args:
+        contents: as `load_checkpoint` returns them; files that don't tell their flags pass.
+        path: of the checkpoint.
+        given: the flags of the evaluation, a dict.
+    """
+    saved = contents.get("args") or {}
+    for name, value in given.items():
+        if saved.get(name, value) == value:
+            continue
+        message = f"{path} was trained with {name} {saved[name]}, not {value}"
+        if name == "input_size":
+            warn(message)
+        else:
+            raise UserError(f"{message}: evaluate it as it was trained")
 
 
 def fingerprint(state_dict):
@@ -167,8 +192,8 @@ def load_classifier(model, state_dict, source="the checkpoint"):
 def _load_weights(model, weights, source, may_miss):
     own = model.state_dict()
     for key in weights:
-        if key in own and getattr(weights[key], "ndim", None) != own[key].ndim:
-            raise UserError(f"{source} holds no {own[key].ndim}-D tensor as {key}")
+        if key in own and weights[key].ndim != own[key].ndim:
+            raise UserError(f"{source} has {weights[key].ndim}, not {own[key].ndim} axes in {key}")
     _check_same_size(model, weights, source)
     weights = dict(weights)
     if "pos_embed" in weights:

@@ -82,7 +82,8 @@ class Checkpointer:
         kind = {name: contents.get(name) for name in ("format", "command")}
         if kind != {name: self.fixed[name] for name in kind}:
             raise UserError(
-                f"{path} is not a training state of {self.fixed['command']}, can't resume it"
+                f"{path} is not a training state of {self.fixed['command']} and can't be resumed: "
+                "use another --output_dir"
             )
         saved = contents["training"]
         changed = [

@@ -79,7 +79,7 @@ def finetune_transform(input_size, color_jitter=None, aa="rand-m9-mstd0.5-inc1")
         augmentation(Image.new("RGB", (32, 32)))  # some policies fail at their first image
     except (AssertionError, ValueError, IndexError, KeyError) as error:
         raise UserError(
-            f"--aa {aa} is no policy that timm knows, such as rand-m9-mstd0.5-inc1"
+            f"timm can't use --aa {aa} ({error}): take a policy such as rand-m9-mstd0.5-inc1"
         ) from error
     return v2.Compose([v2.ToPILImage(), augmentation])
 

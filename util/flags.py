@@ -4,6 +4,7 @@ import argparse
 import os
 
 from util.cli import integer, number, path
+from util.errors import warn
 
 
 class HeightWidth(argparse.Action):
@@ -13,6 +14,13 @@ class HeightWidth(argparse.Action):
         if len(values) > 2:
             raise argparse.ArgumentError(self, "takes one number, or height and width")
         setattr(namespace, self.dest, values[0] if len(set(values)) == 1 else tuple(values))
+
+
+class DistEval(argparse.Action):
+    """Says that the flag is not needed."""
+
+    def __call__(self, *_):
+        warn("--dist_eval is not needed: evaluation is always shared by all processes")
 
 
 def add_model_flags(parser):
@@ -54,11 +62,15 @@ def add_eval_flags(parser):
     """What evaluates a checkpoint instead of training."""
     group = parser.add_argument_group("Evaluation")
     group.add_argument(
-        "--eval", action="store_true", help="evaluate the checkpoint of --resume, don't train"
+        "--eval",
+        action="store_true",
+        help="evaluate the classifier in the file of --resume, don't train",
     )
     group.add_argument(
         "--dist_eval",
-        action="store_true",
+        action=DistEval,
+        nargs=0,
+        default=False,
         help="accepted and needless: all processes share the evaluation, each image counts once",
     )
 
@@ -109,7 +121,9 @@ def add_optimization_flags(parser):
         "--warmup_epochs", type=number(), help="epochs in which the learning rate rises from 0"
     )
     group.add_argument(
-        "--weight_decay", type=number(), help="of matrices; biases and 1-D have none"
+        "--weight_decay",
+        type=number(),
+        help="of matrices; biases, other 1-D tensors, class token and positions have none",
     )
     group.add_argument(
         "--clip_grad", type=number(above=True), help="clip the gradients to this norm"

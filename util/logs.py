@@ -250,11 +250,17 @@ def accuracy_line(figures):
 
 
 def report_evaluation(output_dir, process, figures, **about):
-    """Print the figures of an evaluation and write them, as printed, to output_dir/eval.json."""
+    """Print the figures of an evaluation and write them, as printed, to output_dir/eval.json.
+
+    A UserError if that file can't be written.
+    """
     if process.is_main:
         print(accuracy_line(figures), flush=True)
         rounded = {name: round(value, 3) for name, value in figures.items()}
-        (Path(output_dir) / "eval.json").write_text(json.dumps(about | rounded) + "\n")
+        try:
+            (Path(output_dir) / "eval.json").write_text(json.dumps(about | rounded) + "\n")
+        except OSError as error:
+            raise UserError(f"{output_dir}/eval.json can't be written: {error.strerror}") from error
 
 
 def peak_memory_gib():

@@ -14,6 +14,8 @@ FREE_FLAGS = frozenset(
 )
 # The flags that `Run` takes by their names.
 RUN_FLAGS = "output_dir log_dir resume epochs log_every save_every save_minutes"
+# The flags that make a classifier what it is.
+ARCHITECTURE_FLAGS = "model nb_classes global_pool input_size"
 
 
 class Run:
@@ -117,11 +119,19 @@ class Run:
         """The `EpochLog` of an epoch, from the step on at which it takes up."""
         resumed = epoch == self._first_epoch
         first_step, totals = (self._first_step, self._totals) if resumed else (0, None)
-        return EpochLog(self.log, loader, epoch=epoch, first_step=first_step, totals=totals)
+        self._epoch_log = EpochLog(
+            self.log, loader, epoch=epoch, first_step=first_step, totals=totals
+        )
+        return self._epoch_log
 
     def save_if_due(self, epoch_log, step):
         """After an update, `step` steps into the epoch: see `Checkpointer.save_if_due`."""
         self._checkpointer.save_if_due(epoch=epoch_log.epoch, step=step, epoch_log=epoch_log)
+
+    def save_before_evaluation(self):
+        """Renew the rolling checkpoint after an epoch's last step: an evaluation may fail."""
+        log = self._epoch_log
+        self._checkpointer.save(LAST, epoch=log.epoch, step=self.steps, totals=log.totals)
 
     def saves_numbered(self, epoch):
         """Whether the epoch's checkpoint is kept under its number."""
