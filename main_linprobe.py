@@ -113,8 +113,8 @@ def probe(args, process):
                 scaler,
                 run=run,
                 epoch=epoch,
-                schedule=schedule,
                 amp_dtype=amp_dtype,
+                schedule=schedule,
                 **cli.pick(args, "seed accum_iter clip_grad"),
             )
             run.save_before_evaluation()
