@@ -18,6 +18,7 @@ from torch import nn
 import models_vit
 from engine_finetune import evaluate, train_one_epoch
 from util import checkpoint, cli, data, distributed, flags, image_files, loading, logs, optim
+from util.accuracy import report_evaluation
 from util.errors import UserError
 from util.lr_sched import SCHEDULE_FLAGS, make_schedule
 from util.precision import grad_scaler, resolve_amp
@@ -182,9 +183,7 @@ def evaluate_checkpoint(args, process):
     batching = cli.pick(args, "batch_size seed num_workers pin_mem")
     val_loader = loading.eval_loader(val_paths, args.input_size, process, **batching)
     figures = evaluate(model.to(process.device), val_loader, amp_dtype=amp_dtype)
-    logs.report_evaluation(
-        args.output_dir, process, figures, checkpoint=path, images=len(val_paths)
-    )
+    report_evaluation(args.output_dir, process, figures, checkpoint=path, images=len(val_paths))
 
 
 def build_model(args):

@@ -16,6 +16,7 @@ from torch import nn
 import models_vit
 from engine_finetune import evaluate, train_one_epoch
 from util import checkpoint, cli, data, distributed, flags, image_files, loading, logs
+from util.accuracy import report_evaluation
 from util.errors import UserError
 from util.lars import LARS
 from util.lr_sched import SCHEDULE_FLAGS, make_schedule
@@ -142,7 +143,7 @@ def evaluate_checkpoint(args, process):
     batching = cli.pick(args, "batch_size seed num_workers pin_mem")
     val_loader = loading.eval_loader(val_paths, args.input_size, process, **batching)
     figures = evaluate(model.to(process.device), val_loader, amp_dtype=amp_dtype)
-    logs.report_evaluation(
+    report_evaluation(
         args.output_dir, process, figures, checkpoint=args.resume, images=len(val_paths)
     )
 
