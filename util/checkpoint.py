@@ -174,7 +174,7 @@ def load_encoder(model, state_dict, source="the checkpoint"):
 
 
 def load_classifier(model, state_dict, source="the checkpoint"):
-    """Load a whole classifier; args and errors as of `load_encoder`, but nothing may be missing."""
+    """Load a whole classifier; all as of `load_encoder`, but nothing may be missing."""
     head = state_dict.get("head.weight")
     if head is None:
         kind = "the head of a linear probe, evaluate it by main_linprobe.py"
