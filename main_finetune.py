@@ -21,7 +21,7 @@ from util import checkpoint, cli, data, distributed, flags, image_files, loading
 from util.accuracy import report_evaluation
 from util.errors import UserError
 from util.lr_sched import SCHEDULE_FLAGS, make_schedule
-from util.precision import grad_scaler, resolve_amp
+from util.precision import choose_attention, grad_scaler, resolve_amp
 from util.run import ARCHITECTURE_FLAGS, RUN_FLAGS, Run
 from util.seeding import derive_seed
 
@@ -92,6 +92,7 @@ def finetune(args, process):
         nn.init.trunc_normal_(model.head.weight, std=2e-5)
         encoder = checkpoint.start_from(model, args.finetune)
     model.to(process.device)
+    choose_attention(model, process.device, amp_dtype)
     if args.compile:
         for block in model.blocks:
             block.compile()
@@ -182,6 +183,7 @@ def evaluate_checkpoint(args, process):
     checkpoint.load_classifier(model, contents["model"], path)
     batching = cli.pick(args, "batch_size seed num_workers pin_mem")
     val_loader = loading.eval_loader(val_paths, args.input_size, process, **batching)
+    choose_attention(model, process.device, amp_dtype)
     figures = evaluate(model.to(process.device), val_loader, amp_dtype=amp_dtype)
     report_evaluation(args.output_dir, process, figures, checkpoint=path, images=len(val_paths))
 

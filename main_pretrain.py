@@ -15,7 +15,7 @@ import models_mae
 from engine_pretrain import evaluate, train_one_epoch
 from util import cli, data, distributed, flags, image_files, loading, logs, optim, visualize
 from util.lr_sched import SCHEDULE_FLAGS, make_schedule
-from util.precision import grad_scaler, resolve_amp
+from util.precision import choose_attention, grad_scaler, resolve_amp
 from util.run import RUN_FLAGS, Run
 from util.seeding import derive_seed
 
@@ -79,6 +79,7 @@ def pretrain(args, process):
     )
     model.check_mask_ratio(args.mask_ratio)
     model.to(process.device)
+    choose_attention(model, process.device, amp_dtype)
     if args.compile:
         for block in (*model.blocks, *model.decoder_blocks):
             block.compile()

@@ -39,3 +39,20 @@ def autocast(device, dtype):
 def grad_scaler(device, dtype):
     """The gradient scaler that fp16 needs; passes everything through for other types."""
     return torch.amp.GradScaler(device.type, enabled=dtype is torch.float16)
+
+
+def choose_attention(model, device, dtype):
+    """Give the attention of timm's blocks the faster of its two equal forms for a type.
+
+    torch's fused kernel is the faster one everywhere but in bf16 on a CPU, where its backward pass
+    takes several times the time of plain matrix products and a softmax.
+
+    Args:
+        model: a model whose attention is timm's.
+        device: the torch.device it computes on.
+        dtype: a `resolve_amp` type.
+    """
+    plain = device.type == "cpu" and dtype is torch.bfloat16
+    for module in model.modules():
+        if hasattr(module, "fused_attn"):
+            module.fused_attn = module.fused_attn and not plain
