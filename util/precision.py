@@ -42,17 +42,16 @@ def grad_scaler(device, dtype):
 
 
 def choose_attention(model, device, dtype):
-    """Give the attention of timm's blocks the faster of its two equal forms for a type.
+    """Compute attention by plain products and a softmax, not torch's fused kernel, in bf16 on a CPU.
 
-    torch's fused kernel is the faster one everywhere but in bf16 on a CPU, where its backward pass
-    takes several times the time of plain matrix products and a softmax.
+    The backward pass of the fused kernel takes several times as long there (benchmarks/attention.py).
 
     Args:
         model: a model whose attention is timm's.
         device: the torch.device it computes on.
         dtype: a `resolve_amp` type.
     """
-    plain = device.type == "cpu" and dtype is torch.bfloat16
-    for module in model.modules():
-        if hasattr(module, "fused_attn"):
-            module.fused_attn = module.fused_attn and not plain
+    if device.type == "cpu" and dtype is torch.bfloat16:
+        for module in model.modules():
+            if hasattr(module, "fused_attn"):
+                module.fused_attn = False
