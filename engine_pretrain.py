@@ -59,7 +59,7 @@ def train_one_epoch(
         noise = uniform_noise((len(imgs), num_patches), *mask_key, device=imgs.device)
         with distributed.sync_gradients(model, when=updates):
             with autocast(imgs.device, amp_dtype):
-                loss, _, _ = model(imgs, mask_ratio, noise)
+                loss, _, _ = model(imgs, mask_ratio, noise, return_pred=False)
             scaler.scale(loss / group_size).backward()
 
         if updates:

@@ -10,6 +10,7 @@ or the decoder's), P = patch height x patch width x C values of a patch.
 from functools import partial
 
 import torch
+import torch.nn.functional as F
 from timm.layers import to_2tuple
 from timm.models.vision_transformer import Block, PatchEmbed
 from torch import nn
@@ -73,7 +74,7 @@ class MaskedAutoencoderViT(nn.Module):
             torch.zeros(1, 1 + num_patches, decoder_embed_dim), requires_grad=False
         )
         self.decoder_blocks = nn.ModuleList(
-            Block(
+            DecoderBlock(
                 decoder_embed_dim,
                 decoder_num_heads,
                 mlp_ratio,
@@ -141,55 +142,100 @@ class MaskedAutoencoderViT(nn.Module):
             the visible patches [N, V, D], in shuffled order; mask [N, L] float, 0 kept and
             1 removed; ids_restore [N, L], the place of every patch in the shuffled order.
         """
-        N, L, D = x.shape
+        N, L, _ = x.shape
         if noise is None:
             noise = torch.rand(N, L, device=x.device)
         ids_shuffle = torch.argsort(noise, dim=1, stable=True)  # stable: ties on every device alike
-        ids_restore = torch.argsort(ids_shuffle, dim=1)
         ids_keep = ids_shuffle[:, : int(L * (1 - mask_ratio))]  # [N, V]
-        x_visible = x.gather(1, ids_keep[:, :, None].expand(-1, -1, D))  # [N, V, D]
         mask = torch.ones(N, L, device=x.device).scatter(1, ids_keep, 0.0)
-        return x_visible, mask, ids_restore
+        return take(x, ids_keep), mask, inverse(ids_shuffle)
 
     def forward_encoder(self, imgs, mask_ratio, noise=None):
         """Images [N, C, H, W] to latent [N, 1 + V, D] (class token first), mask and ids_restore."""
-        x = self.patch_embed(imgs) + self.pos_embed[:, 1:]  # [N, L, D]
-        x, mask, ids_restore = self.random_masking(x, mask_ratio, noise)  # [N, V, D]
-        cls_token = self.cls_token + self.pos_embed[:, :1]
-        x = torch.cat([cls_token.expand(len(x), -1, -1), x], dim=1)  # [N, 1 + V, D]
+        x, mask, ids_restore = self.random_masking(self.patchify(imgs), mask_ratio, noise)
+        ids_keep = inverse(ids_restore)[:, : x.shape[1]]
+        x = self.embed_patches(x)  # [N, V, D]
+        x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], dim=1)  # [N, 1 + V, D]
+        x = x + positions(self.pos_embed, ids_keep)
         for block in self.blocks:
             x = block(x)
         return self.norm(x), mask, ids_restore
 
-    def forward_decoder(self, latent, ids_restore):
-        """Latent [N, 1 + V, D] to the predicted values of every patch [N, L, P]."""
+    def embed_patches(self, x):
+        """Patches [N, V, P] to their projections [N, V, D], as `patch_embed` projects an image."""
+        weight = self.patch_embed.proj.weight.permute(0, 2, 3, 1)  # [D, row, column, channel]
+        return F.linear(x, weight.flatten(1), self.patch_embed.proj.bias)
+
+    def forward_decoder(self, latent, ids_restore, removed_only=False):
+        """Latent [N, 1 + V, D] to the predicted values of every patch [N, L, P].
+
+        With `removed_only`, to those of the removed patches in shuffled order [N, L - V, P].
+        """
         x = self.decoder_embed(latent)
-        cls_token, x_visible = x[:, :1], x[:, 1:]
-        removed = ids_restore.shape[1] - x_visible.shape[1]
-        x = torch.cat([x_visible, self.mask_token.expand(len(x), removed, -1)], dim=1)  # [N, L, D]
-        x = x.gather(1, ids_restore[:, :, None].expand(-1, -1, x.shape[2]))  # un-shuffle
-        x = torch.cat([cls_token, x], dim=1) + self.decoder_pos_embed  # [N, 1 + L, D]
-        for block in self.decoder_blocks:
+        removed = 1 + ids_restore.shape[1] - x.shape[1]
+        # Blocks know the order by the positions alone: tokens stay shuffled, removed ones last.
+        x = torch.cat([x, self.mask_token.expand(len(x), removed, -1)], dim=1)  # [N, 1 + L, D]
+        x = x + positions(self.decoder_pos_embed, inverse(ids_restore))
+        *blocks, last_block = self.decoder_blocks
+        for block in blocks:
             x = block(x)
+        x = last_block(x, outputs=removed if removed_only else x.shape[1])
         x = self.decoder_pred(self.decoder_norm(x))
-        return x[:, 1:]  # without the class token's output
+        return x if removed_only else take(x[:, 1:], ids_restore)  # without the class token's
 
     def forward_loss(self, imgs, pred, mask):
         """Mean squared error of a patch's values, averaged over the removed patches; float32."""
-        with torch.autocast(imgs.device.type, enabled=False):
-            target = self.patchify(imgs.float())
+        loss = self.patch_loss(self.patchify(imgs), pred)
+        return (loss * mask).sum() / mask.sum()
+
+    def patch_loss(self, patches, pred):
+        """Mean squared error [N, L] of the predicted values [N, L, P] of patches; float32."""
+        with torch.autocast(patches.device.type, enabled=False):
+            target = patches.float()
             if self.norm_pix_loss:
                 var, mean = torch.var_mean(target, dim=-1, keepdim=True)
                 target = (target - mean) / (var + 1e-6).sqrt()
-            loss = (pred.float() - target).square().mean(dim=-1)  # [N, L]
-            return (loss * mask).sum() / mask.sum()
+            return (pred.float() - target).square().mean(dim=-1)
 
-    def forward(self, imgs, mask_ratio=0.75, noise=None):
-        """Loss (scalar), pred [N, L, P] and mask [N, L] of images [N, C, H, W]."""
+    def forward(self, imgs, mask_ratio=0.75, noise=None, return_pred=True):
+        """Loss (scalar), pred [N, L, P] and mask [N, L] of images [N, C, H, W].
+
+        Without `return_pred` pred is None, and what the loss doesn't look at is not computed.
+        """
         latent, mask, ids_restore = self.forward_encoder(imgs, mask_ratio, noise)
-        pred = self.forward_decoder(latent, ids_restore)
-        loss = self.forward_loss(imgs, pred, mask)
-        return loss, pred, mask
+        if return_pred:
+            pred = self.forward_decoder(latent, ids_restore)
+            return self.forward_loss(imgs, pred, mask), pred, mask
+        pred = self.forward_decoder(latent, ids_restore, removed_only=True)
+        ids_removed = inverse(ids_restore)[:, -pred.shape[1] :]
+        return self.patch_loss(take(self.patchify(imgs), ids_removed), pred).mean(), None, mask
+
+
+class DecoderBlock(Block):
+    """A transformer block that can be asked for the outputs of its last tokens alone."""
+
+    def forward(self, x, outputs=None):
+        """Tokens [N, T, D] to tokens [N, outputs, D], of all T if `outputs` is not given."""
+        x = x + self.attn(self.norm1(x))
+        if outputs is not None:
+            x = x[:, -outputs:]
+        return x + self.mlp(self.norm2(x))
+
+
+def take(x, ids):
+    """Of x [N, L, D] the entries at ids [N, K], as [N, K, D]."""
+    return x.gather(1, ids[:, :, None].expand(-1, -1, x.shape[2]))
+
+
+def inverse(permutations):
+    """The inverse of every row of permutations [N, L]."""
+    places = torch.arange(permutations.shape[1], device=permutations.device)
+    return torch.empty_like(permutations).scatter_(1, permutations, places.expand_as(permutations))
+
+
+def positions(table, ids):
+    """Of a table [1, 1 + L, D] the class token's row, then those of ids [N, K]: [N, 1 + K, D]."""
+    return table[0, F.pad(ids + 1, (1, 0))]
 
 
 def check_patches(img_size, patch_size):
