@@ -17,11 +17,22 @@ from torch import nn
 
 import models_vit
 from engine_finetune import evaluate, train_one_epoch
-from util import checkpoint, cli, data, distributed, flags, image_files, loading, logs, optim
+from util import (
+    checkpoint,
+    cli,
+    data,
+    distributed,
+    flags,
+    image_files,
+    loading,
+    logs,
+    optim,
+    speed,
+)
 from util.accuracy import report_evaluation
 from util.errors import UserError
 from util.lr_sched import SCHEDULE_FLAGS, make_schedule
-from util.precision import choose_attention, grad_scaler, resolve_amp
+from util.precision import grad_scaler, resolve_amp
 from util.run import ARCHITECTURE_FLAGS, RUN_FLAGS, Run
 from util.seeding import derive_seed
 
@@ -44,7 +55,8 @@ def get_args_parser():
         help="learning rate of a block as a share of the next one's",
     )
     flags.add_augmentation_flags(parser)
-    flags.add_runtime_flags(parser)
+    runtime = flags.add_runtime_flags(parser)
+    flags.add_grad_checkpointing_flag(runtime)
     flags.add_eval_flags(parser)
     parser.set_defaults(
         model="vit_large_patch16",
@@ -92,10 +104,7 @@ def finetune(args, process):
         nn.init.trunc_normal_(model.head.weight, std=2e-5)
         encoder = checkpoint.start_from(model, args.finetune)
     model.to(process.device)
-    choose_attention(model, process.device, amp_dtype)
-    if args.compile:
-        for block in model.blocks:
-            block.compile()
+    speed.prepare(model, process.device, amp_dtype, **cli.pick(args, "compile grad_checkpointing"))
 
     # ---- augmentation of batches, loss
     random_erasing = mixup = None
@@ -183,7 +192,7 @@ def evaluate_checkpoint(args, process):
     checkpoint.load_classifier(model, contents["model"], path)
     batching = cli.pick(args, "batch_size seed num_workers pin_mem")
     val_loader = loading.eval_loader(val_paths, args.input_size, process, **batching)
-    choose_attention(model, process.device, amp_dtype)
+    speed.prepare(model, process.device, amp_dtype)
     figures = evaluate(model.to(process.device), val_loader, amp_dtype=amp_dtype)
     report_evaluation(args.output_dir, process, figures, checkpoint=path, images=len(val_paths))
 

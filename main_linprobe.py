@@ -15,12 +15,12 @@ from torch import nn
 
 import models_vit
 from engine_finetune import evaluate, train_one_epoch
-from util import checkpoint, cli, data, distributed, flags, image_files, loading, logs
+from util import checkpoint, cli, data, distributed, flags, image_files, loading, logs, speed
 from util.accuracy import report_evaluation
 from util.errors import UserError
 from util.lars import LARS
 from util.lr_sched import SCHEDULE_FLAGS, make_schedule
-from util.precision import choose_attention, grad_scaler, resolve_amp
+from util.precision import grad_scaler, resolve_amp
 from util.run import ARCHITECTURE_FLAGS, RUN_FLAGS, Run
 from util.seeding import derive_seed
 
@@ -75,10 +75,7 @@ def probe(args, process):
     # ---- model
     model, head, encoder = build_model(args)
     model.to(process.device)
-    choose_attention(model, process.device, amp_dtype)
-    if args.compile:
-        for block in model.blocks:
-            block.compile()
+    speed.prepare(model, process.device, amp_dtype, compile=args.compile)
 
     # ---- optimizer
     optimizer = LARS(head.parameters(), lr=0.0, weight_decay=args.weight_decay)
@@ -143,7 +140,7 @@ def evaluate_checkpoint(args, process):
     head.load_state_dict(contents["model"])
     batching = cli.pick(args, "batch_size seed num_workers pin_mem")
     val_loader = loading.eval_loader(val_paths, args.input_size, process, **batching)
-    choose_attention(model, process.device, amp_dtype)
+    speed.prepare(model, process.device, amp_dtype)
     figures = evaluate(model.to(process.device), val_loader, amp_dtype=amp_dtype)
     report_evaluation(
         args.output_dir, process, figures, checkpoint=args.resume, images=len(val_paths)

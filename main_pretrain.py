@@ -13,9 +13,9 @@ import torch
 
 import models_mae
 from engine_pretrain import evaluate, train_one_epoch
-from util import cli, data, distributed, flags, image_files, loading, logs, optim, visualize
+from util import cli, data, distributed, flags, image_files, loading, logs, optim, speed, visualize
 from util.lr_sched import SCHEDULE_FLAGS, make_schedule
-from util.precision import choose_attention, grad_scaler, resolve_amp
+from util.precision import grad_scaler, resolve_amp
 from util.run import RUN_FLAGS, Run
 from util.seeding import derive_seed
 
@@ -35,7 +35,8 @@ def get_args_parser():
     )
     flags.add_data_flags(parser)
     flags.add_optimization_flags(parser)
-    flags.add_runtime_flags(parser)
+    runtime = flags.add_runtime_flags(parser)
+    flags.add_grad_checkpointing_flag(runtime)
     parser.set_defaults(
         model="mae_vit_large_patch16",
         batch_size=64,
@@ -79,10 +80,7 @@ def pretrain(args, process):
     )
     model.check_mask_ratio(args.mask_ratio)
     model.to(process.device)
-    choose_attention(model, process.device, amp_dtype)
-    if args.compile:
-        for block in (*model.blocks, *model.decoder_blocks):
-            block.compile()
+    speed.prepare(model, process.device, amp_dtype, **cli.pick(args, "compile grad_checkpointing"))
 
     # ---- optimizer
     groups = optim.weight_decay_groups(model, args.weight_decay)

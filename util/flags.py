@@ -220,3 +220,12 @@ def add_runtime_flags(parser):
     group.add_argument(
         "--log_every", type=integer(1), default=20, help="steps between two console lines"
     )
+    return group
+
+
+def add_grad_checkpointing_flag(parser):
+    parser.add_argument(
+        "--grad_checkpointing",
+        action="store_true",
+        help="compute every block twice instead of keeping what is in it: less memory, slower",
+    )

@@ -39,19 +39,3 @@ def autocast(device, dtype):
 def grad_scaler(device, dtype):
     """The gradient scaler that fp16 needs; passes everything through for other types."""
     return torch.amp.GradScaler(device.type, enabled=dtype is torch.float16)
-
-
-def choose_attention(model, device, dtype):
-    """Compute attention by plain products and a softmax, not torch's fused kernel, in bf16 on a CPU.
-
-    The backward pass of the fused kernel takes several times as long there (benchmarks/attention.py).
-
-    Args:
-        model: a model whose attention is timm's.
-        device: the torch.device it computes on.
-        dtype: a `resolve_amp` type.
-    """
-    if device.type == "cpu" and dtype is torch.bfloat16:
-        for module in model.modules():
-            if hasattr(module, "fused_attn"):
-                module.fused_attn = False

@@ -9,8 +9,8 @@ from util.logs import EpochLog, RunLog
 
 # Flags that say where and how a training runs, not what it computes: a resumed one may change them.
 FREE_FLAGS = frozenset(
-    "data_path num_workers pin_mem output_dir log_dir device resume compile save_every "
-    "save_minutes log_every finetune eval dist_eval".split()
+    "data_path num_workers pin_mem output_dir log_dir device resume compile "
+    "grad_checkpointing save_every save_minutes log_every finetune eval dist_eval".split()
 )
 # The flags that `Run` takes by their names.
 RUN_FLAGS = "output_dir log_dir resume epochs log_every save_every save_minutes"

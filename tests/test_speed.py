@@ -6,7 +6,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 import models_mae
 import models_vit
-from util.precision import choose_attention
+from util import speed
 
 CPU = torch.device("cpu")
 
@@ -33,7 +33,7 @@ def fused_calls(monkeypatch):
 @pytest.mark.parametrize("dtype, fused", [(torch.bfloat16, False), (None, True)])
 def test_only_bf16_on_a_cpu_avoids_the_fused_kernel(build, dtype, fused, fused_calls):
     model = build()
-    choose_attention(model, CPU, dtype)
+    speed.prepare(model, CPU, dtype)
     model(torch.randn(2, 3, 16, 16))
     assert bool(fused_calls) == fused
 
@@ -43,7 +43,7 @@ def test_both_forms_have_equal_loss_and_gradients():
     for dtype in (None, torch.bfloat16):
         torch.manual_seed(0)
         model = models_mae.build_model("mae_vit_nano_patch4", img_size=16)
-        choose_attention(model, CPU, dtype)
+        speed.prepare(model, CPU, dtype)
         loss, _, _ = model(torch.randn(2, 3, 16, 16), noise=torch.rand(2, 16))
         loss.backward()
         losses.append(loss.detach())
