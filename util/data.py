@@ -5,6 +5,7 @@ import math
 import random
 
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from timm.data import (
     IMAGENET_DEFAULT_MEAN,
@@ -24,12 +25,7 @@ def pretrain_transform(input_size):
     """Random resized crop (area 0.2 to 1, bicubic) and horizontal flip (paper, appendix A.1)."""
     return v2.Compose(
         [
-            v2.RandomResizedCrop(
-                to_2tuple(input_size),
-                scale=(0.2, 1.0),
-                interpolation=InterpolationMode.BICUBIC,
-                antialias=True,
-            ),
+            RandomResizedCrop(to_2tuple(input_size), scale=(0.2, 1.0)),
             v2.RandomHorizontalFlip(),
         ]
     )
@@ -106,6 +102,23 @@ auto_augment.NAME_TO_OP |= dict.fromkeys(
 )
 
 
+class RandomResizedCrop(v2.RandomResizedCrop):
+    """torchvision's crop of one image tensor, bicubic, without its search for other inputs."""
+
+    def forward(self, image):
+        return resized_crop(image, **self.make_params([image]), size=self.size)
+
+
+def resized_crop(image, top, left, height, width, size):
+    """A crop of a uint8 image, resized (bicubic), with its channels innermost in memory.
+
+    So decoders leave them, and the resize is faster that way.
+    """
+    crop = image[None, :, top : top + height, left : left + width]
+    crop = crop.contiguous(memory_format=torch.channels_last)
+    return F.interpolate(crop, size, mode="bicubic", antialias=True)[0]
+
+
 class CropOnce(torch.nn.Module):
     """Random crop of area 0.08 to 1 and aspect 3/4 to 4/3, resized (bicubic) to (height, width).
 
@@ -124,16 +137,7 @@ class CropOnce(torch.nn.Module):
         crop_h = min(h, max(1, round(math.sqrt(area / aspect))))
         crop_w = min(w, max(1, round(math.sqrt(area * aspect))))
         top, left = random.randint(0, h - crop_h), random.randint(0, w - crop_w)
-        return v2.functional.resized_crop(
-            image,
-            top,
-            left,
-            crop_h,
-            crop_w,
-            self.size,
-            interpolation=InterpolationMode.BICUBIC,
-            antialias=True,
-        )
+        return resized_crop(image, top, left, crop_h, crop_w, self.size)
 
 
 class ResizeToCover(torch.nn.Module):
@@ -155,7 +159,7 @@ class ResizeToCover(torch.nn.Module):
 def normalize(images):
     """uint8 images [N, 3, H, W] to floats of ImageNet's mean 0 and standard deviation 1."""
     mean, std = _channel_statistics(images.device)
-    return images.float().div_(255).sub_(mean).div_(std)
+    return images.float().mul_(1 / (255 * std)).sub_(mean / std)
 
 
 def denormalize(images):
