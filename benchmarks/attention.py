@@ -7,15 +7,14 @@ patches, decoders that see all. The forms are timed in turn, `ROUNDS` times, and
 median of the rounds'. Writes benchmarks/results/attention.json.
 """
 
-import json
-import platform
-import statistics
-import subprocess
 import time
-from pathlib import Path
+from functools import partial
 
 import torch
 from torch.nn.functional import scaled_dot_product_attention
+
+from benchmarks import report
+from util import speed
 
 ROUNDS = 7
 SHAPES = {  # images, heads, tokens, width of a head
@@ -32,36 +31,24 @@ def plain_attention(q, k, v):
 
 
 def main():
+    speed.keep_freed_memory()  # as in training
     results = {}
     for dtype in (torch.float32, torch.bfloat16):
         for name, shape in SHAPES.items():
-            pairs = [
-                (
-                    seconds(scaled_dot_product_attention, shape, dtype),
-                    seconds(plain_attention, shape, dtype),
-                )
-                for _ in range(ROUNDS + 1)
-            ][1:]
-            fused, plain = (1e3 * statistics.median(times) for times in zip(*pairs, strict=True))
-            ratios = sorted(f / p for f, p in pairs)
+            forms = {"fused": scaled_dot_product_attention, "plain": plain_attention}
+            times = report.take_turns(
+                {
+                    form: partial(seconds, function, shape, dtype)
+                    for form, function in forms.items()
+                },
+                ROUNDS,
+            )
             results[f"{name}, {dtype}"] = {
-                "fused_ms": round(fused, 1),
-                "plain_ms": round(plain, 1),
-                "fused_to_plain": round(statistics.median(ratios), 2),
-                "lowest_and_highest": [round(ratios[0], 2), round(ratios[-1], 2)],
-            }
-            print(f"{name:20} {dtype}", *results[f"{name}, {dtype}"].values(), flush=True)
-    commit = subprocess.check_output(["git", "rev-parse", "--short", "HEAD"], text=True).strip()
-    report = {
-        "command": "python -m benchmarks.attention",
-        "torch": torch.__version__,
-        "machine": f"{platform.machine()}, {torch.get_num_threads()} threads, "
-        f"{torch.backends.cpu.get_cpu_capability()}",
-        "commit": commit,
-        "results": results,
-    }
-    path = Path(__file__).parent / "results" / "attention.json"
-    path.write_text(json.dumps(report, indent=2) + "\n")
+                form: {"milliseconds": report.median_and_range([1e3 * t for t in times[form]])}
+                for form in forms
+            } | {"fused_to_plain": report.ratio(times["fused"], times["plain"])}
+            print(name, dtype, results[f"{name}, {dtype}"], flush=True)
+    report.write("attention", results, rounds=ROUNDS)
 
 
 def seconds(attention, shape, dtype):
