@@ -1,4 +1,4 @@
-.PHONY: help demo test lint
+.PHONY: help demo test lint bench
 .DEFAULT_GOAL := help
 
 PYTHON ?= python3
@@ -16,6 +16,16 @@ test: $(READY) lint  ## lint, then run the tests
 lint: $(READY)  ## check style and formatting
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
+
+# One after the other: two at once would slow each other.
+bench: $(READY)  ## time training steps and loading beside their peers, and put the README's tables right
+	.venv/bin/python -m benchmarks.train_step
+	.venv/bin/python -m benchmarks.train_step --model mae_vit_nano_patch4 --input_size 28 --batch_size 128 --pairs 7
+	.venv/bin/python -m benchmarks.train_step --task finetune --model vit_base_patch16
+	.venv/bin/python -m benchmarks.data_loading
+	.venv/bin/python -m benchmarks.whole_run
+	.venv/bin/python -m benchmarks.attention
+	.venv/bin/python -m benchmarks.table
 
 # Made anew when the requirements change; python -m venv --clear also mends a half-made one.
 $(READY): requirements.txt requirements-dev.txt

@@ -82,6 +82,7 @@ def train_one_epoch(
     return log.summary()
 
 
+@torch.compiler.set_stance("force_eager")  # not compiled for its shapes
 @torch.no_grad()
 def evaluate(model, loader, *, amp_dtype):
     """Accuracy and loss of a classifier; every image counts once, over any number of processes.

@@ -71,6 +71,7 @@ def train_one_epoch(
     return log.summary()
 
 
+@torch.compiler.set_stance("force_eager")  # not compiled for its shapes
 @torch.no_grad()
 def evaluate(model, loader, *, mask_ratio, amp_dtype, seed):
     """The masked loss of held-out images, with one fixed mask an image.

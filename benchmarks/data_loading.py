@@ -13,7 +13,6 @@ of 64 on the device from --workers processes, normalised. The sides take turns; 
 two turns of one round, shown are the median over --pairs rounds, the lowest and the highest.
 """
 
-import argparse
 import os
 import tempfile
 import time
@@ -27,7 +26,7 @@ from torchvision import transforms
 from torchvision.datasets import ImageFolder
 
 from benchmarks import report
-from util import loading
+from util import cli, loading
 from util.data import pretrain_transform
 from util.distributed import Process, select_device
 from util.image_files import ImagePaths, read_image
@@ -39,18 +38,18 @@ BATCH_SIZE = 64
 
 
 def get_args_parser():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = cli.ArgumentParser(description=__doc__)
     parser.add_argument(
         "--photographs", default=PHOTOGRAPHS, metavar="DIR", help="searched for images"
     )
-    parser.add_argument("--images", type=int, default=1024, help="JPEGs that are made of them")
-    parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)))
+    parser.add_argument(
+        "--images", type=cli.integer(1), default=1024, help="JPEGs that are made of them"
+    )
+    parser.add_argument("--workers", type=cli.integer(1), default=len(os.sched_getaffinity(0)))
     parser.add_argument(
         "--device", default="auto", help="auto (CUDA if there is some), cuda or cpu"
     )
-    parser.add_argument("--pairs", type=int, default=7, help="rounds of turns")
+    parser.add_argument("--pairs", type=cli.integer(1), default=7, help="rounds of turns")
     return parser
 
 
@@ -163,4 +162,4 @@ def pillow_transform():
 
 
 if __name__ == "__main__":
-    main(get_args_parser().parse_args())
+    cli.run(main, get_args_parser())

@@ -15,7 +15,6 @@ square matrices in the same type, timed in the same rounds, for the floating poi
 the method needs, however a side computes it.
 """
 
-import argparse
 import math
 import multiprocessing
 import resource
@@ -28,31 +27,34 @@ import torch
 
 from benchmarks import report
 from benchmarks.sides import CLASSES, MASK_RATIO, SIDES, Setting, matmul_size
+from util import cli
 from util.distributed import select_device
+from util.errors import UserError
 
 
 def get_args_parser():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = cli.ArgumentParser(description=__doc__)
     parser.add_argument("--task", choices=["pretrain", "finetune"], default="pretrain")
     parser.add_argument("--model", default="mae_vit_base_patch16", help="name of the model")
-    parser.add_argument("--input_size", type=int, default=224, help="pixels")
-    parser.add_argument("--batch_size", type=int, default=32, help="images of a step")
+    parser.add_argument("--input_size", type=cli.integer(1), default=224, help="pixels")
+    parser.add_argument("--batch_size", type=cli.integer(1), default=32, help="images of a step")
     parser.add_argument(
         "--device", default="auto", help="auto (CUDA if there is some), cuda or cpu"
     )
     parser.add_argument(
         "--sides", nargs="+", metavar="SIDE", help="what is timed (see above); ours come first"
     )
-    parser.add_argument("--pairs", type=int, default=5, help="rounds of turns")
-    parser.add_argument("--turn", type=float, default=5.0, help="seconds of a turn, at least")
+    parser.add_argument("--pairs", type=cli.integer(1), default=5, help="rounds of turns")
+    parser.add_argument(
+        "--turn", type=cli.number(), default=5.0, help="seconds of a turn, at least"
+    )
     parser.add_argument(
         "--name", help="of the file in benchmarks/results; if not given, as it is set"
     )
     return parser
 
 
+AMPS = ("off", "bf16", "fp16", "auto")
 DEFAULT_SIDES = {
     "cpu": "ours:off ours:bf16 plain:off transformers:off".split(),
     "cuda": "ours:auto:compile ours:auto plain:fp16 transformers:bf16 "
@@ -64,14 +66,13 @@ def main(args):
     device = select_device(args.device)
     labels = args.sides or DEFAULT_SIDES[device.type]
     settings = {label: setting_of(label, args, device) for label in labels}
-    for amp in {label.split(":")[1] for label in labels}:
-        settings[f"matmul:{amp}"] = setting_of(f"matmul:{amp}", args, device)
-    context = multiprocessing.get_context("spawn")
-    sides = {label: Side(context, label, setting) for label, setting in settings.items()}
-    for label, side in list(sides.items()):
-        if side.failure:
-            print(f"{label} can't be timed: {side.failure}", flush=True)
-            del sides[label]
+    sides = start(settings)
+    sides |= start(
+        {
+            label: setting_of(label, args, device)
+            for label in sorted({f"matmul:{side.split(':')[1]}" for side in sides})
+        }
+    )
     turns = {label: partial(side.steps_per_second, args.turn) for label, side in sides.items()}
     speeds = report.take_turns(turns, args.pairs)
     memory = {label: side.close() for label, side in sides.items()}
@@ -111,26 +112,37 @@ def main(args):
 
 
 def setting_of(label, args, device):
-    name, amp, *rest = label.split(":")
-    if name not in SIDES or rest not in ([], ["compile"]):
-        raise SystemExit(f"error: {label} is no side: see --help")
+    name, _, choice = label.partition(":")
+    amp, _, compiled = choice.partition(":")
+    if name not in SIDES or amp not in AMPS or compiled not in ("", "compile"):
+        raise UserError(f"--sides {label}: a side is NAME:AMP or NAME:AMP:compile, see --help")
     return Setting(
-        args.task, args.model, args.input_size, args.batch_size, device, amp, rest == ["compile"]
+        args.task, args.model, args.input_size, args.batch_size, device, amp, bool(compiled)
     )
+
+
+def start(settings):
+    """Sides in processes of their own, by label; one that can't start is told of and left out."""
+    sides = {label: Side(label, setting) for label, setting in settings.items()}
+    for label, side in sides.items():
+        if side.failure:
+            print(f"{label} can't be timed: {side.failure}", flush=True)
+    return {label: side for label, side in sides.items() if not side.failure}
 
 
 class Side:
     """A side in a process of its own, which works only while it is asked to."""
 
-    def __init__(self, context, label, setting):
+    def __init__(self, label, setting):
+        context = multiprocessing.get_context("spawn")
         self._pipe, pipe = context.Pipe()
         self._process = context.Process(target=serve, args=(pipe, label, setting), daemon=True)
         self._process.start()
         self._seconds_per_step, self.failure = self._pipe.recv()
 
-    def steps_per_second(self, seconds):
-        """Of a turn that takes about so many seconds, or one step."""
-        steps = max(1, math.ceil(seconds / self._seconds_per_step))
+    def steps_per_second(self, seconds=0.0, count=1):
+        """Of a turn of `count` steps, or as many as take about so many seconds."""
+        steps = max(count, math.ceil(seconds / self._seconds_per_step))
         self._pipe.send(steps)
         return steps / self._pipe.recv()
 
@@ -150,7 +162,7 @@ def serve(pipe, label, setting):
         timed(train, 1, setting.device)
         seconds_per_step = timed(train, 3 if setting.on_gpu else 1, setting.device)
     except Exception as error:
-        if not isinstance(error, ImportError):
+        if not isinstance(error, (ImportError, UserError)):
             traceback.print_exc()
         pipe.send((None, f"{type(error).__name__}: {error}"))
         return
@@ -217,4 +229,4 @@ def show(label, figures):
 
 
 if __name__ == "__main__":
-    main(get_args_parser().parse_args())
+    cli.run(main, get_args_parser())

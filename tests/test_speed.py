@@ -1,14 +1,98 @@
-"""The faster form of attention computes what the other does."""
+"""Fast paths compute what the plain ones do, and less of it."""
+
+import contextlib
+import json
+import subprocess
+import sys
 
 import pytest
 import torch
+from timm.models.vision_transformer import Block
 from torch.nn.functional import scaled_dot_product_attention
+from torch.utils.flop_counter import FlopCounterMode
 
 import models_mae
 import models_vit
+from benchmarks.sides import Setting, ours
+from models_mae import DecoderBlock, MaskedAutoencoderViT
 from util import speed
 
 CPU = torch.device("cpu")
+
+
+def loss_and_gradients(model, **options):
+    imgs = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(1))
+    noise = torch.rand(2, 16, generator=torch.Generator().manual_seed(2))
+    loss, _, mask = model(imgs, 0.6, noise, **options)
+    loss.backward()
+    gradients = {n: p.grad for n, p in model.named_parameters() if p.requires_grad}
+    return {"loss": loss.detach(), "mask": mask} | gradients
+
+
+def nano(**config):
+    torch.manual_seed(0)
+    return models_mae.build_model("mae_vit_nano_patch4", img_size=16, **config)
+
+
+def assert_alike(found, expected):
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, rtol=1e-4, atol=1e-6, msg=name)
+
+
+# ---- what the loss doesn't look at is not computed
+
+
+@pytest.mark.parametrize("norm_pix_loss", [False, True])
+def test_loss_without_pred_equals_the_loss_with_it(norm_pix_loss):
+    with_pred, without = (nano(norm_pix_loss=norm_pix_loss) for _ in range(2))
+    assert_alike(loss_and_gradients(without, return_pred=False), loss_and_gradients(with_pred))
+
+
+def test_pred_is_none_where_it_is_not_asked_for():
+    _, pred, mask = nano()(torch.randn(2, 3, 16, 16), return_pred=False)
+    assert pred is None
+    assert mask.shape == (2, 16)
+
+
+def test_decoder_block_is_a_block_whose_last_outputs_can_be_had_alone():
+    torch.manual_seed(0)
+    block, trimmed = Block(16, 2, qkv_bias=True), DecoderBlock(16, 2, qkv_bias=True)
+    trimmed.load_state_dict(block.state_dict())
+    x = torch.randn(2, 7, 16)
+    torch.testing.assert_close(trimmed(x), block(x))
+    torch.testing.assert_close(trimmed(x, outputs=3), block(x)[:, -3:])
+
+
+def test_only_what_the_loss_needs_is_multiplied():
+    """The forward pass's floating point operations, counted by hand."""
+    model = MaskedAutoencoderViT(
+        img_size=16,
+        patch_size=4,
+        embed_dim=32,
+        depth=2,
+        num_heads=2,
+        decoder_embed_dim=16,
+        decoder_depth=2,
+        decoder_num_heads=2,
+    )
+    speed.prepare(model, CPU, torch.bfloat16)  # products that the counter knows
+    patches, visible, removed, values = 16, 4, 12, 48
+    tokens, width = 1 + visible, 32
+    projection = 2 * visible * values * width
+    encoder = 2 * (24 * tokens * width**2 + 4 * tokens**2 * width)
+    embedding = 2 * tokens * width * 16
+    tokens, width = 1 + patches, 16
+    attention = 8 * tokens * width**2 + 4 * tokens**2 * width
+    blocks = 2 * attention + 16 * (tokens + removed) * width**2
+    prediction = 2 * removed * width * values
+    counter = FlopCounterMode(display=False)
+    with counter:
+        model(torch.randn(1, 3, 16, 16), 0.75, return_pred=False)
+    assert counter.get_total_flops() == projection + encoder + embedding + blocks + prediction
+
+
+# ---- attention
 
 
 @pytest.fixture
@@ -25,10 +109,7 @@ def fused_calls(monkeypatch):
 
 @pytest.mark.parametrize(
     "build",
-    [
-        lambda: models_mae.build_model("mae_vit_nano_patch4", img_size=16),
-        lambda: models_vit.build_model("vit_nano_patch4", img_size=16, num_classes=3),
-    ],
+    [nano, lambda: models_vit.build_model("vit_nano_patch4", img_size=16, num_classes=3)],
 )
 @pytest.mark.parametrize("dtype, fused", [(torch.bfloat16, False), (None, True)])
 def test_only_bf16_on_a_cpu_avoids_the_fused_kernel(build, dtype, fused, fused_calls):
@@ -38,16 +119,115 @@ def test_only_bf16_on_a_cpu_avoids_the_fused_kernel(build, dtype, fused, fused_c
     assert bool(fused_calls) == fused
 
 
-def test_both_forms_have_equal_loss_and_gradients():
-    losses, gradients = [], []
-    for dtype in (None, torch.bfloat16):
-        torch.manual_seed(0)
-        model = models_mae.build_model("mae_vit_nano_patch4", img_size=16)
-        speed.prepare(model, CPU, dtype)
-        loss, _, _ = model(torch.randn(2, 3, 16, 16), noise=torch.rand(2, 16))
-        loss.backward()
-        losses.append(loss.detach())
-        gradients.append({n: p.grad for n, p in model.named_parameters() if p.requires_grad})
-    torch.testing.assert_close(losses[0], losses[1], rtol=1e-6, atol=0)
-    for name, gradient in gradients[0].items():
-        torch.testing.assert_close(gradients[1][name], gradient, rtol=1e-4, atol=1e-6, msg=name)
+@pytest.mark.parametrize("amp, fused", [("bf16", False), ("off", True)])
+@pytest.mark.parametrize("command", ["pretrain", "finetune", "linprobe"])
+def test_commands_avoid_it_too(
+    command, amp, fused, request, pretrain_flags, classify_flags, fused_calls
+):
+    main = request.getfixturevalue(command)
+    flags = (pretrain_flags if command == "pretrain" else classify_flags) | {"amp": amp}
+    main(flags | {"epochs": 1})
+    assert bool(fused_calls) == fused
+    if command != "pretrain":
+        fused_calls.clear()
+        checkpoint = flags["output_dir"] / "checkpoint-last.pth"
+        if command == "finetune":
+            del flags["finetune"]
+        main(flags | {"eval": True, "resume": checkpoint})
+        assert bool(fused_calls) == fused
+
+
+def test_both_forms_of_attention_have_equal_loss_and_gradients():
+    plain, fused = nano(), nano()
+    speed.prepare(plain, CPU, torch.bfloat16)
+    assert_alike(loss_and_gradients(plain), loss_and_gradients(fused))
+
+
+# ---- memory
+
+
+@contextlib.contextmanager
+def kept_bytes(counted):
+    """Adds up in `counted` the tensors that are kept for the backward pass."""
+
+    def keep(tensor):
+        counted.append(tensor.nbytes)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        yield
+
+
+def test_grad_checkpointing_keeps_less_for_equal_gradients():
+    plain, frugal = nano(), nano()
+    speed.prepare(frugal, CPU, None, grad_checkpointing=True)
+    found, kept = [], []
+    for model in (plain, frugal):
+        counted = []
+        with kept_bytes(counted):
+            found.append(loss_and_gradients(model))
+        kept.append(sum(counted))
+    assert_alike(found[1], found[0])
+    assert kept[1] < 0.3 * kept[0]
+    assert frugal.state_dict().keys() == plain.state_dict().keys()
+
+
+FAULTS = """
+import resource, torch
+from util import speed
+if {keep}:
+    speed.keep_freed_memory()
+for _ in range(8):
+    torch.ones(2**24)  # 64 MiB
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt)
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="glibc's allocator")
+def test_kept_memory_is_not_mapped_anew():
+    faults = [
+        int(subprocess.check_output([sys.executable, "-c", FAULTS.format(keep=keep)], text=True))
+        for keep in (False, True)
+    ]
+    pages = 2**26 // 4096
+    assert faults[0] - faults[1] > 5 * pages
+
+
+# ---- compiled, recomputed
+
+
+@pytest.mark.parametrize(
+    "choice",
+    [
+        {"compile": True},
+        {"grad_checkpointing": True},
+        {"compile": True} | {"grad_checkpointing": True},
+    ],
+)
+@pytest.mark.parametrize("command", ["pretrain", "finetune"])
+def test_commands_train_alike(command, choice, request, pretrain_flags, classify_flags):
+    main = request.getfixturevalue(command)
+    base = pretrain_flags if command == "pretrain" else classify_flags | {"drop_path": 0.5}
+    torch.compiler.reset()
+    torch._dynamo.utils.counters.clear()
+    records = []
+    for name, flags in (("plain", {}), ("chosen", choice)):
+        out_dir = base["output_dir"] / name
+        main(base | flags | {"output_dir": out_dir, "epochs": 1})
+        records.append(json.loads((out_dir / "log.txt").read_text()))
+    assert records[1]["train_loss"] == pytest.approx(records[0]["train_loss"], rel=1e-4)
+    graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    assert bool(graphs) == ("compile" in choice)
+    assert graphs <= 2  # of encoder and decoder; evaluation and pictures compile nothing
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+def test_steps_do_not_wait_for_the_gpu():
+    device = torch.device("cuda", torch.cuda.current_device())
+    train = ours(Setting("pretrain", "mae_vit_nano_patch4", 28, 8, device, "auto", False))
+    train(2)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        train(3)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")

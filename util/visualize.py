@@ -12,6 +12,7 @@ _GAP = 4
 _HEADER = 18
 
 
+@torch.compiler.set_stance("force_eager")  # not compiled for its shapes
 @torch.no_grad()
 def reconstruct(model, imgs, mask_ratio, seed, amp_dtype=None):
     """What the four columns of a grid show, in [0, 1].

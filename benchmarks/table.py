@@ -1,0 +1,105 @@
+"""The README's tables of speed, made from the files in benchmarks/results.
+
+python -m benchmarks.table            write them into README.md
+python -m benchmarks.table --check    only see whether they are there
+"""
+
+import json
+import sys
+from pathlib import Path
+
+from benchmarks.report import RESULTS
+
+README = Path(__file__).parent.parent / "README.md"
+BEGIN, END = "<!-- made by python -m benchmarks.table -->\n", "<!-- end -->\n"
+
+
+def main():
+    before, found, after = parts()
+    if "--check" not in sys.argv:
+        README.write_text(before + BEGIN + tables() + END + after)
+    elif found != tables():
+        sys.exit("README.md has other tables than the results make: python -m benchmarks.table")
+
+
+def parts():
+    """README.md before, between and after the marks of the tables."""
+    before, _, rest = README.read_text().partition(BEGIN)
+    found, _, after = rest.partition(END)
+    return before, found, after
+
+
+def tables():
+    """All tables, in Markdown."""
+    reports = {path.stem: json.loads(path.read_text()) for path in sorted(RESULTS.glob("*.json"))}
+    steps = [report for report in reports.values() if "gflop_per_image" in report]
+    steps.sort(key=lambda report: (report["task"] != "pretrain", -report["gflop_per_image"]))
+    made = [step_table(report) for report in steps]
+    made.append(loading_table(reports["data_loading"]))
+    return "\n".join(made)
+
+
+def step_table(report):
+    """Sides by lines: images a second, MFU, memory, and how many times the peers' speed."""
+    results = report["results"]
+    peers = [side for side in results if not side.startswith("ours")]
+    task = {"pretrain": "pre-training", "finetune": "fine-tuning"}[report["task"]]
+    title = f"{task} `{report['model']}`, {report['input_size']} px, batch {report['batch_size']}"
+    head = [title, "images/s", "MFU", "peak memory", *(f"times {label(peer)}" for peer in peers)]
+    lines = []
+    for side, figures in results.items():
+        ratios = [figures["times_as_fast_as"].get(peer) for peer in peers]
+        lines.append(
+            [
+                label(side),
+                f"{figures['images_per_s']['median']:.3g}",
+                f"{figures['mfu']['median']:.0%}",
+                f"{figures['peak_memory_gib']:.1f} GiB",
+                *(spread(ratio) if ratio else "" for ratio in ratios),
+            ]
+        )
+    return markdown(head, lines) + source(report)
+
+
+def loading_table(report):
+    head = ["loading JPEGs of 500 x 375", "images/s", "times Pillow"]
+    lines = [
+        [
+            f"{where}, {'Pillow and floats' if side == 'pillow' else side}",
+            f"{figures['images_per_s']['median']:.0f}",
+            "" if side == "pillow" else spread(figures["times_as_fast_as_pillow"]),
+        ]
+        for where, sides in report["results"].items()
+        for side, figures in sides.items()
+    ]
+    return markdown(head, lines) + source(report)
+
+
+def label(side):
+    """A side in words: ours:bf16:compile is "ours, bf16, compiled"."""
+    words = {"plain": "the plain way", "off": "float32", "compile": "compiled"}
+    return ", ".join(words.get(part, part) for part in side.split(":"))
+
+
+def spread(ratio):
+    return f"{ratio['median']:.2f} ({ratio['lowest']:.2f} to {ratio['highest']:.2f})"
+
+
+def markdown(head, lines):
+    rows = [head, ["---"] * len(head), *lines]
+    return "".join(f"| {' | '.join(row)} |\n" for row in rows)
+
+
+def source(report):
+    """The line below a table that says where its figures come from."""
+    versions = ", ".join(
+        f"{package} {report['versions'][package]}"
+        for package in ("torch", "transformers", "lightly", "torchvision", "pillow")
+        if package in report["versions"]
+    )
+    hardware = "; ".join(report["hardware"].values())
+    return f"\n*`{report['command']}` at {report['commit']}; {hardware}; {versions}.*\n"
+
+
+if __name__ == "__main__":
+    main()

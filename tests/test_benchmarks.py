@@ -1,0 +1,91 @@
+"""The benchmarks' arithmetic, by hand, and every side's first steps."""
+
+import json
+
+import pytest
+import torch
+
+from benchmarks import report, sides, table, train_step
+from benchmarks.sides import Setting
+
+CPU = torch.device("cpu")
+
+
+def test_ratios_are_of_turns_of_one_round():
+    assert report.ratio([2.0, 9.0, 4.0], [1.0, 3.0, 4.0]) == {
+        "median": 2.0,
+        "lowest": 1.0,
+        "highest": 3.0,
+    }
+
+
+def test_sides_take_turns_and_the_first_round_warms_up():
+    calls = []
+
+    def side(name):
+        return lambda: calls.append(name) or len(calls)
+
+    assert report.take_turns({"a": side("a"), "b": side("b")}, 2) == {"a": [3, 5], "b": [4, 6]}
+    assert calls == ["a", "b"] * 3
+
+
+@pytest.mark.parametrize(
+    "model, gflop",
+    [
+        ("mae_vit_base_patch16", 58.7),
+        ("mae_vit_large_patch16", 124.5),
+        ("mae_vit_huge_patch14", 291),
+    ],
+)
+def test_work_of_an_image_is_the_reference_s(model, gflop):
+    setting = Setting("pretrain", model, 224, 1, CPU, "off", False)
+    assert train_step.training_flop(setting) / 1e9 == pytest.approx(gflop, rel=2e-3)
+
+
+@pytest.mark.parametrize(
+    "task, model", [("pretrain", "mae_vit_nano_patch4"), ("finetune", "vit_nano_patch4")]
+)
+@pytest.mark.parametrize("side", ["ours", "plain", "transformers", "lightly"])
+def test_sides_train(side, task, model):
+    if side == "lightly":
+        pytest.importorskip("lightly")
+        if task == "finetune":
+            pytest.skip("lightly's model is pre-trained only")
+    train = sides.SIDES[side](Setting(task, model, 8, 2, CPU, "bf16", False))
+    train(2)
+
+
+def test_transformers_side_is_of_the_same_size(monkeypatch):
+    """Its optimizer is given as many values as ours has to train."""
+    sizes, adamw = [], torch.optim.AdamW
+
+    def spy(parameters, **options):
+        parameters = list(parameters)
+        groups = parameters if isinstance(parameters[0], dict) else [{"params": parameters}]
+        sizes.append(sum(p.numel() for g in groups for p in g["params"] if p.requires_grad))
+        return adamw(parameters, **options)
+
+    monkeypatch.setattr(torch.optim, "AdamW", spy)
+    setting = Setting("pretrain", "mae_vit_nano_patch4", 8, 2, CPU, "off", False)
+    for side in ("ours", "plain", "transformers"):
+        sides.SIDES[side](setting)
+    assert len(set(sizes)) == 1
+
+
+def test_train_step_writes_its_results(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(report, "RESULTS", tmp_path)
+    flags = "--model mae_vit_nano_patch4 --input_size 8 --batch_size 2 --pairs 2 --turn 0.01"
+    flags += " --sides ours:off plain:off transformers:fp16 --device cpu"
+    parser = train_step.get_args_parser()
+    train_step.main(parser.parse_args(flags.split()))
+    written = json.loads((tmp_path / "pretrain_mae_vit_nano_patch4_8px_cpu.json").read_text())
+    assert list(written["results"]) == ["ours:off", "plain:off"]
+    ours = written["results"]["ours:off"]
+    assert ours["images_per_s"]["median"] > 0
+    assert ours["times_as_fast_as"].keys() == {"plain:off"}
+    assert written["versions"]["torch"] == torch.__version__
+    assert "transformers:fp16 can't be timed" in capsys.readouterr().out
+
+
+def test_the_readme_has_the_tables_that_the_results_make():
+    assert table.parts()[1] == table.tables()
