@@ -32,7 +32,7 @@ def parts():
 def tables():
     """All tables, in Markdown."""
     reports = {path.stem: json.loads(path.read_text()) for path in sorted(RESULTS.glob("*.json"))}
-    steps = [report for report in reports.values() if "gflop_per_image" in report]
+    steps = [r for name, r in reports.items() if name.startswith(("pretrain_", "finetune_"))]
     steps.sort(key=lambda report: (report["task"] != "pretrain", -report["gflop_per_image"]))
     made = [step_table(report) for report in steps]
     made.append(loading_table(reports["data_loading"]))
