@@ -39,7 +39,7 @@ def write(name, results, **settings):
     }
     path = RESULTS / f"{name}.json"
     path.write_text(json.dumps(report, indent=2) + "\n")
-    print(f"written to {path.relative_to(Path.cwd())}")
+    print(f"written to {path}")
 
 
 def take_turns(sides, rounds):

@@ -16,13 +16,13 @@ step = torch.optim.AdamW.step
 save = checkpointer.save_checkpoint
 
 
-def spying_forward(self, imgs, mask_ratio, noise):
+def spying_forward(self, imgs, mask_ratio, noise, **options):
     if self.training:
         seen.setdefault("weights", {k: v.clone() for k, v in self.state_dict().items()})
         seen["imgs"].append(imgs.clone())
         seen["noise"].append(noise.clone())
     seen["model"] = self
-    outputs = forward(self, imgs, mask_ratio, noise)
+    outputs = forward(self, imgs, mask_ratio, noise, **options)
     if self.training:
         seen["losses"].append(outputs[0].item())
     return outputs

@@ -31,10 +31,10 @@ def prepare(model, device, dtype, *, compile=False, grad_checkpointing=False):
         if hasattr(module, "fused_attn") and device.type == "cpu" and dtype is torch.bfloat16:
             module.fused_attn = False
         if isinstance(module, Block):
+            if compile:
+                module.forward = torch.compile(module.forward, dynamic=False)
             if grad_checkpointing:
                 module.forward = partial(checkpoint, module.forward, use_reentrant=False)
-            if compile:
-                module.compile(dynamic=False)
 
 
 def keep_freed_memory():
