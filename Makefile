@@ -21,7 +21,7 @@ lint: $(READY)  ## check style and formatting
 bench: $(READY)  ## time training steps and loading beside their peers, and put the README's tables right
 	.venv/bin/python -m benchmarks.train_step
 	.venv/bin/python -m benchmarks.train_step --model mae_vit_nano_patch4 --input_size 28 --batch_size 128 --pairs 7
-	.venv/bin/python -m benchmarks.train_step --task finetune --model vit_base_patch16
+	.venv/bin/python -m benchmarks.train_step --task finetune --model vit_base_patch16 --batch_size 16
 	.venv/bin/python -m benchmarks.data_loading
 	.venv/bin/python -m benchmarks.whole_run
 	.venv/bin/python -m benchmarks.attention
