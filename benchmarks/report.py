@@ -23,7 +23,8 @@ def commit():
     return f"{name}+" if changed else name
 
 
-COMMIT = commit()  # at the start: files may be edited while a benchmark runs
+# At the start: a benchmark may set the threads, and files be edited while it runs.
+COMMIT, THREADS = commit(), torch.get_num_threads()
 
 
 def write(name, results, **settings):
@@ -82,7 +83,7 @@ def hardware():
         name for name in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if name in flags
     ]
     cpu = names[0] if names else platform.machine()
-    found = {"cpu": f"{cpu}, {torch.get_num_threads()} threads, {' '.join(instructions)}"}
+    found = {"cpu": f"{cpu}, {THREADS} threads, {' '.join(instructions)}"}
     if torch.cuda.is_available():
         found["gpu"] = torch.cuda.get_device_name()
     return found
