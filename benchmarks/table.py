@@ -36,6 +36,7 @@ def tables():
     steps.sort(key=lambda report: (report["task"] != "pretrain", -report["gflop_per_image"]))
     made = [step_table(report) for report in steps]
     made.append(loading_table(reports["data_loading"]))
+    made.append(whole_run_table(reports["whole_run"]))
     return "\n".join(made)
 
 
@@ -73,6 +74,20 @@ def loading_table(report):
         for side, figures in sides.items()
     ]
     return markdown(head, lines) + source(report)
+
+
+def whole_run_table(report):
+    title = f"`main_pretrain.py`, `{report['model']}`, JPEGs, batch {report['batch_size']}"
+    results = report["results"]
+    lost, waited = (results[name] for name in ("share_lost", "data_wait"))
+    lines = [
+        [name, f"{speed['median']:.3g}", ""] for name, speed in results["images_per_s"].items()
+    ]
+    lines[0][-1] = (
+        f"{lost['median']:.1%} ({lost['lowest']:.1%} to {lost['highest']:.1%}), "
+        f"{waited['median']:.1%} in waiting for images"
+    )
+    return markdown([title, "images/s", "share of time lost"], lines) + source(report)
 
 
 def label(side):
