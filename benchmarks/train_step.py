@@ -190,8 +190,7 @@ def training_flop(setting):
     The backward pass counts twice the forward pass. Of masked autoencoders the class token and
     every patch are projected and decoded, as the paper has it.
     """
-    with torch.device("meta"):
-        model = setting.build_model()
+    model = setting.build_model()
     patches, width = model.patch_embed.num_patches, model.cls_token.shape[-1]
     patch_values = 3 * math.prod(model.patch_embed.patch_size)
     projection = 2 * patches * patch_values * width
