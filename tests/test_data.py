@@ -6,6 +6,7 @@ import io
 import itertools
 import multiprocessing
 import os
+import random
 import shutil
 import signal
 import struct
@@ -305,7 +306,20 @@ def photograph_file(request, tmp_path):
     return path
 
 
+@pytest.fixture
+def torchvision_s_draws(monkeypatch):
+    """Python's generator draws what torchvision's transforms draw from torch's."""
+    monkeypatch.setattr(random, "random", lambda: torch.rand(1).item())
+    monkeypatch.setattr(
+        random, "uniform", lambda low, high: torch.empty(1).uniform_(low, high).item()
+    )
+    monkeypatch.setattr(
+        random, "randint", lambda low, high: torch.randint(low, high + 1, (1,)).item()
+    )
+
+
 @pytest.mark.parametrize("size", [(224, 224), (96, 160), (32, 32)], ids=str)
+@pytest.mark.usefixtures("torchvision_s_draws")
 def test_pretrain_transform_agrees_with_the_pillow_pipeline(photograph_file, size):
     scale, ratio = (0.2, 1.0), (3 / 4, 4 / 3)
     bicubic = transforms.InterpolationMode.BICUBIC
@@ -338,6 +352,21 @@ def test_pretrain_transform_agrees_with_the_pillow_pipeline(photograph_file, siz
         assert mean <= 0.05
         flips.add(flip)
     assert flips == {True, False}
+
+
+@pytest.mark.usefixtures("torchvision_s_draws")
+@pytest.mark.parametrize(
+    "width_height", [(500, 375), (40, 40), (200, 10), (10, 200), (60, 40), (1, 1)], ids=str
+)
+def test_crops_are_drawn_as_torchvision_draws_them(width_height):
+    """Again while they don't fit, and from the centre at last."""
+    image = Image.new("RGB", width_height)
+    for seed in range(200):
+        torch.manual_seed(seed)
+        drawn = data.draw_crop(*width_height[::-1])
+        torch.manual_seed(seed)
+        expected = transforms.RandomResizedCrop.get_params(image, (0.2, 1.0), (3 / 4, 4 / 3))
+        assert drawn == expected
 
 
 @pytest.mark.parametrize(

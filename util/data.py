@@ -23,12 +23,7 @@ from util.errors import UserError
 
 def pretrain_transform(input_size):
     """Random resized crop (area 0.2 to 1, bicubic) and horizontal flip (paper, appendix A.1)."""
-    return v2.Compose(
-        [
-            RandomResizedCrop(to_2tuple(input_size), scale=(0.2, 1.0)),
-            v2.RandomHorizontalFlip(),
-        ]
-    )
+    return CropAndFlip(draw_crop, to_2tuple(input_size))
 
 
 def eval_transform(input_size):
@@ -46,7 +41,7 @@ def picture_transform(input_size):
 
 def probe_transform(input_size):
     """Random crop of the linear probe, resized (bicubic), and horizontal flip."""
-    return v2.Compose([CropOnce(to_2tuple(input_size)), v2.RandomHorizontalFlip()])
+    return CropAndFlip(draw_crop_once, to_2tuple(input_size))
 
 
 def finetune_transform(input_size, color_jitter=None, aa="rand-m9-mstd0.5-inc1"):
@@ -102,11 +97,53 @@ auto_augment.NAME_TO_OP |= dict.fromkeys(
 )
 
 
-class RandomResizedCrop(v2.RandomResizedCrop):
-    """torchvision's crop of one image tensor, bicubic, without its search for other inputs."""
+class CropAndFlip(torch.nn.Module):
+    """A random crop, resized (bicubic) to (height, width), in half of the cases flipped.
+
+    Drawn from Python's generator: torch's and v2's wrappers take as long as half of the resizing.
+    """
+
+    def __init__(self, draw, size):
+        super().__init__()
+        self.draw = draw
+        self.size = size
 
     def forward(self, image):
-        return resized_crop(image, **self.make_params([image]), size=self.size)
+        crop = resized_crop(image, *self.draw(*image.shape[-2:]), self.size)
+        return crop.flip(-1) if random.random() < 0.5 else crop
+
+
+def draw_crop(height, width):
+    """Top, left, height and width of a crop of area 0.2 to 1 and aspect 3/4 to 4/3.
+
+    As torchvision's RandomResizedCrop draws it: until it fits, ten times at most, after which the
+    largest of these aspects is taken from the centre.
+    """
+    for _ in range(10):
+        crop_h, crop_w = draw_shape(height * width, 0.2)
+        if 1 <= crop_h <= height and 1 <= crop_w <= width:
+            return *draw_place(height, width, crop_h, crop_w), crop_h, crop_w
+    crop_h, crop_w = min(height, round(width * 4 / 3)), min(width, round(height * 4 / 3))
+    return (height - crop_h) // 2, (width - crop_w) // 2, crop_h, crop_w
+
+
+def draw_crop_once(height, width):
+    """Top, left, height and width of a crop of area 0.08 to 1, drawn once, clipped to the image."""
+    crop_h, crop_w = draw_shape(height * width, 0.08)
+    crop_h, crop_w = min(height, max(1, crop_h)), min(width, max(1, crop_w))
+    return *draw_place(height, width, crop_h, crop_w), crop_h, crop_w
+
+
+def draw_shape(area, min_share):
+    """Height and width of a share of `area`, of an aspect between 3/4 and 4/3."""
+    area *= random.uniform(min_share, 1)
+    aspect = math.exp(random.uniform(math.log(3 / 4), math.log(4 / 3)))
+    return round(math.sqrt(area / aspect)), round(math.sqrt(area * aspect))
+
+
+def draw_place(height, width, crop_h, crop_w):
+    """Top and left of a crop in an image."""
+    return random.randint(0, height - crop_h), random.randint(0, width - crop_w)
 
 
 def resized_crop(image, top, left, height, width, size):
@@ -117,27 +154,6 @@ def resized_crop(image, top, left, height, width, size):
     crop = image[None, :, top : top + height, left : left + width]
     crop = crop.contiguous(memory_format=torch.channels_last)
     return F.interpolate(crop, size, mode="bicubic", antialias=True)[0]
-
-
-class CropOnce(torch.nn.Module):
-    """Random crop of area 0.08 to 1 and aspect 3/4 to 4/3, resized (bicubic) to (height, width).
-
-    Area and aspect are drawn once and clipped to the image, where torchvision's
-    RandomResizedCrop draws again until they fit.
-    """
-
-    def __init__(self, size):
-        super().__init__()
-        self.size = size
-
-    def forward(self, image):
-        h, w = image.shape[-2:]
-        area = h * w * random.uniform(0.08, 1.0)
-        aspect = math.exp(random.uniform(math.log(3 / 4), math.log(4 / 3)))
-        crop_h = min(h, max(1, round(math.sqrt(area / aspect))))
-        crop_w = min(w, max(1, round(math.sqrt(area * aspect))))
-        top, left = random.randint(0, h - crop_h), random.randint(0, w - crop_w)
-        return resized_crop(image, top, left, crop_h, crop_w, self.size)
 
 
 class ResizeToCover(torch.nn.Module):

@@ -31,7 +31,8 @@ def read_image(path):
     try:
         if not os.path.isfile(path):
             raise FileNotFoundError("no such file")
-        encoded = np.fromfile(path, dtype=np.uint8)
+        with open(path, "rb", buffering=0) as file:
+            encoded = bytearray(file.readall())
         try:
             return _decode_with_torchvision(encoded)
         except (RuntimeError, ValueError):
@@ -43,9 +44,9 @@ def read_image(path):
 def _decode_with_torchvision(encoded):
     """JPEG and WebP, to the bit as Pillow and faster; a ValueError for other formats."""
     # PNG would be no faster, and a damaged one ends the process in torchvision 0.29.
-    if encoded[:4].tobytes() in (b"\x89PNG", b"GIF8"):
+    if encoded[:4] in (b"\x89PNG", b"GIF8"):
         raise ValueError("left to Pillow")
-    return decode_image(torch.from_numpy(encoded), mode=ImageReadMode.RGB)
+    return decode_image(torch.frombuffer(encoded, dtype=torch.uint8), mode=ImageReadMode.RGB)
 
 
 def _decode_with_pillow(encoded):
