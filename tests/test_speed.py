@@ -8,7 +8,7 @@ import sys
 import pytest
 import torch
 from timm.models.vision_transformer import Block
-from torch.nn.functional import scaled_dot_product_attention
+from torch.nn.functional import conv2d, scaled_dot_product_attention
 from torch.utils.flop_counter import FlopCounterMode
 
 import models_mae
@@ -32,6 +32,13 @@ def loss_and_gradients(model, **options):
 def nano(**config):
     torch.manual_seed(0)
     return models_mae.build_model("mae_vit_nano_patch4", img_size=16, **config)
+
+
+def vit_nano():
+    return models_vit.build_model("vit_nano_patch4", img_size=16, num_classes=3)
+
+
+BUILDERS = [nano, vit_nano]
 
 
 def assert_alike(found, expected):
@@ -107,10 +114,7 @@ def fused_calls(monkeypatch):
     return calls
 
 
-@pytest.mark.parametrize(
-    "build",
-    [nano, lambda: models_vit.build_model("vit_nano_patch4", img_size=16, num_classes=3)],
-)
+@pytest.mark.parametrize("build", BUILDERS)
 @pytest.mark.parametrize("dtype, fused", [(torch.bfloat16, False), (None, True)])
 def test_only_bf16_on_a_cpu_avoids_the_fused_kernel(build, dtype, fused, fused_calls):
     model = build()
@@ -141,6 +145,92 @@ def test_both_forms_of_attention_have_equal_loss_and_gradients():
     plain, fused = nano(), nano()
     speed.prepare(plain, CPU, torch.bfloat16)
     assert_alike(loss_and_gradients(plain), loss_and_gradients(fused))
+
+
+# ---- linear layers
+
+
+@pytest.fixture
+def convolutions(monkeypatch):
+    calls = []
+
+    def spy(*args, **kwargs):
+        calls.append(args)
+        return conv2d(*args, **kwargs)
+
+    monkeypatch.setattr(torch.nn.functional, "conv2d", spy)
+    return calls
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("shape", [(7, 8), (2, 7, 8), (2, 3, 7, 8), (1, 1, 8)], ids=str)
+def test_a_linear_layer_is_a_convolution_of_its_rows(shape, bias):
+    torch.manual_seed(0)
+    linear = torch.nn.Linear(8, 12, bias)
+    x = torch.randn(*shape[:-1], 2 * shape[-1])[..., ::2].requires_grad_()
+    found = []
+    for outputs in (linear(x), speed.linear_by_convolution(linear, x)):
+        outputs.square().sum().backward()
+        gradients = [x.grad, *(p.grad for p in linear.parameters())]
+        found.append([outputs.detach(), *gradients])
+        x.grad = None
+        linear.zero_grad()
+    torch.testing.assert_close(found[1], found[0])
+    assert found[1][0].is_contiguous()
+
+
+@pytest.mark.parametrize("build", BUILDERS)
+@pytest.mark.parametrize(
+    "dtype, outruns, convolved",
+    [(None, True, True), (None, False, False), (torch.bfloat16, True, False)],
+)
+def test_float32_is_convolved_where_that_is_faster(
+    build, dtype, outruns, convolved, convolutions, monkeypatch
+):
+    monkeypatch.setattr(speed, "onednn_outruns_mkl", lambda: outruns)
+    model = build()
+    layers = sum(isinstance(module, torch.nn.Linear) for module in model.modules())
+    speed.prepare(model, CPU, dtype)
+    model(torch.randn(2, 3, 16, 16))
+    kernels = [weight.shape[2:] for _, weight, *_ in convolutions]
+    assert kernels.count((1, 1)) == convolved * layers
+
+
+def test_convolved_layers_have_equal_loss_and_gradients(monkeypatch):
+    monkeypatch.setattr(speed, "onednn_outruns_mkl", lambda: True)
+    convolved, plain = nano(), nano()
+    speed.prepare(convolved, CPU, None)
+    assert_alike(loss_and_gradients(convolved), loss_and_gradients(plain))
+    assert convolved.state_dict().keys() == plain.state_dict().keys()
+
+
+@pytest.mark.skipif(
+    not (torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available()),
+    reason="torch without MKL or oneDNN",
+)
+@pytest.mark.parametrize(
+    "vendor, family, flags, expected",
+    [
+        ("AuthenticAMD", 26, "avx2 avx512f avx512bw", True),
+        ("AuthenticAMD", 27, "avx2 avx512f avx512bw", True),
+        ("AuthenticAMD", 25, "avx2 avx512f avx512bw", False),
+        ("AuthenticAMD", 26, "avx2", False),
+        ("GenuineIntel", 6, "avx2 avx512f avx512bw", False),
+    ],
+)
+def test_processors_on_which_onednn_is_faster(
+    vendor, family, flags, expected, tmp_path, monkeypatch
+):
+    core = (
+        f"processor\t: {{}}\nvendor_id\t: {vendor}\ncpu family\t: {family}\nmodel\t\t: 2\n"
+        f"flags\t\t: fpu {flags} sse\n\n"
+    )
+    file = tmp_path / "cpuinfo"
+    file.write_text(core.format(0) + core.format(1))
+    monkeypatch.setattr(speed, "Path", lambda name: file)
+    assert speed.onednn_outruns_mkl() == expected
+    file.unlink()  # as on other systems than Linux
+    assert not speed.onednn_outruns_mkl()
 
 
 # ---- memory
@@ -197,21 +287,26 @@ def test_kept_memory_is_not_mapped_anew():
 
 
 @pytest.mark.parametrize(
-    "choice",
+    "choice, convolves",
     [
-        {"compile": True},
-        {"grad_checkpointing": True},
-        {"compile": True} | {"grad_checkpointing": True},
+        ({}, True),
+        ({"compile": True}, False),
+        ({"compile": True}, True),
+        ({"grad_checkpointing": True}, True),
+        ({"compile": True} | {"grad_checkpointing": True}, False),
     ],
 )
 @pytest.mark.parametrize("command", ["pretrain", "finetune"])
-def test_commands_train_alike(command, choice, request, pretrain_flags, classify_flags):
+def test_commands_train_alike(
+    command, choice, convolves, request, pretrain_flags, classify_flags, monkeypatch
+):
     main = request.getfixturevalue(command)
     base = pretrain_flags if command == "pretrain" else classify_flags | {"drop_path": 0.5}
     torch.compiler.reset()
     torch._dynamo.utils.counters.clear()
     records = []
-    for name, flags in (("plain", {}), ("chosen", choice)):
+    for name, flags, outruns in (("plain", {}, False), ("chosen", choice, convolves)):
+        monkeypatch.setattr(speed, "onednn_outruns_mkl", lambda outruns=outruns: outruns)
         out_dir = base["output_dir"] / name
         main(base | flags | {"output_dir": out_dir, "epochs": 1})
         records.append(json.loads((out_dir / "log.txt").read_text()))

@@ -1,21 +1,26 @@
 """Other ways to compute the same: choices of speed and memory that leave the mathematics alone."""
 
 import ctypes
+import re
 from functools import partial
+from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from timm.models.vision_transformer import Block
+from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's malloc.h
 
 
 def prepare(model, device, dtype, *, compile=False, grad_checkpointing=False):
-    """Choose how the transformer blocks of a model are computed; parameters and names stay.
+    """Choose how a model's linear layers and blocks are computed; parameters and names stay.
 
     On a CPU the process keeps the memory it frees, see `keep_freed_memory`. In bf16 on a CPU
     attention becomes plain products and a softmax instead of torch's fused kernel, whose backward
-    pass takes several times as long there (benchmarks/attention.py).
+    pass takes several times as long there; in float32, where `onednn_outruns_mkl`, linear layers
+    become convolutions (benchmarks/forms.py measures both).
 
     Args:
         model: a model with timm's `Block`s, on `device`.
@@ -25,11 +30,15 @@ def prepare(model, device, dtype, *, compile=False, grad_checkpointing=False):
         grad_checkpointing: keep only the blocks' inputs for the backward pass and compute each
             block a second time there: less memory for about a third more work.
     """
-    if device.type == "cpu":
+    on_cpu = device.type == "cpu"
+    if on_cpu:
         keep_freed_memory()
+    convolves = on_cpu and dtype is None and onednn_outruns_mkl()
     for module in model.modules():
-        if hasattr(module, "fused_attn") and device.type == "cpu" and dtype is torch.bfloat16:
+        if hasattr(module, "fused_attn") and on_cpu and dtype is torch.bfloat16:
             module.fused_attn = False
+        if isinstance(module, nn.Linear) and convolves:
+            module.forward = partial(linear_by_convolution, module)
         if isinstance(module, Block):
             if compile:
                 module.forward = torch.compile(module.forward, dynamic=False)
@@ -47,3 +56,25 @@ def keep_freed_memory():
     if hasattr(libc, "mallopt"):
         libc.mallopt(M_MMAP_MAX, 0)
         libc.mallopt(M_TRIM_THRESHOLD, -1)
+
+
+def onednn_outruns_mkl():
+    """Whether float32 products are faster in oneDNN, which torch convolves with, than in MKL.
+
+    MKL, which torch multiplies matrices with, keeps to AVX2 on processors that are not Intel's.
+    AMD's compute AVX-512, which oneDNN uses, at twice the rate since Zen 5 (family 26).
+    """
+    try:
+        cpu = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return False
+    family = re.search(r"^vendor_id\s*: AuthenticAMD\ncpu family\s*: (\d+)$", cpu, re.MULTILINE)
+    libraries = torch.backends.mkldnn.is_available() and torch.backends.mkl.is_available()
+    return libraries and " avx512f " in cpu and family is not None and int(family[1]) >= 26
+
+
+def linear_by_convolution(linear, x):
+    """A linear layer's outputs [..., K] for x [..., D]: a convolution of 1 x 1 over all rows."""
+    rows = x.reshape(1, -1, 1, x.shape[-1]).permute(0, 3, 1, 2)  # [1, D, rows, 1]
+    outputs = F.conv2d(rows, linear.weight[:, :, None, None], linear.bias)
+    return outputs.permute(0, 2, 3, 1).reshape(*x.shape[:-1], -1)
