@@ -26,7 +26,7 @@ from torchvision import transforms
 from torchvision.datasets import ImageFolder
 
 from benchmarks import report
-from util import cli, loading
+from util import cli, loading, speed
 from util.data import pretrain_transform
 from util.distributed import Process, select_device
 from util.image_files import ImagePaths, read_image
@@ -56,6 +56,8 @@ def get_args_parser():
 def main(args):
     torch.set_num_threads(1)
     process = Process(0, 1, select_device(args.device))
+    if process.device.type == "cpu":
+        speed.keep_freed_memory()  # as in training; the other side is no slower for it
     with tempfile.TemporaryDirectory() as folder:
         kilobytes = make_jpegs(Path(folder), args.photographs, args.images)
         paths = ImagePaths(folder)

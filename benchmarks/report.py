@@ -2,6 +2,7 @@
 
 import json
 import platform
+import re
 import shlex
 import statistics
 import subprocess
@@ -75,15 +76,14 @@ def median_and_range(values, digits=2):
 
 
 def hardware():
-    """CPU, its cores and their instructions, and the GPU if there is one."""
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if sys.platform == "linux" else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    flags = next((line for line in lines if line.startswith("flags")), "")
-    instructions = [
-        name for name in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if name in flags
-    ]
-    cpu = names[0] if names else platform.machine()
-    found = {"cpu": f"{cpu}, {THREADS} threads, {' '.join(instructions)}"}
+    """CPU, its family and instructions, threads, and the GPU if there is one."""
+    text = Path("/proc/cpuinfo").read_text() if sys.platform == "linux" else ""
+    core = dict(re.findall(r"^(\S.*?)\s*: (.*)$", text.partition("\n\n")[0], re.MULTILINE))
+    instructions = {"avx2", "avx512f", "avx512_bf16", "amx_bf16"} & {*core.get("flags", "").split()}
+    words = [core.get("model name", platform.machine())]
+    if "cpu family" in core:
+        words += [f"family {core['cpu family']} model {core['model']}"]
+    found = {"cpu": ", ".join([*words, f"{THREADS} threads", " ".join(sorted(instructions))])}
     if torch.cuda.is_available():
         found["gpu"] = torch.cuda.get_device_name()
     return found
