@@ -53,7 +53,7 @@ def step_table(report):
         lines.append(
             [
                 label(side),
-                f"{figures['images_per_s']['median']:.3g}",
+                three_digits(figures["images_per_s"]["median"]),
                 f"{figures['mfu']['median']:.0%}",
                 f"{figures['peak_memory_gib']:.1f} GiB",
                 *(spread(ratio) if ratio else "" for ratio in ratios),
@@ -63,12 +63,13 @@ def step_table(report):
 
 
 def loading_table(report):
-    head = ["loading JPEGs of 500 x 375", "images/s", "times Pillow"]
+    head = ["loading JPEGs of 500 x 375", "images/s", "times Pillow", "bytes to the device"]
     lines = [
         [
             f"{where}, {'Pillow and floats' if side == 'pillow' else side}",
             f"{figures['images_per_s']['median']:.0f}",
             "" if side == "pillow" else spread(figures["times_as_fast_as_pillow"]),
+            f"{report['bytes_to_the_device_per_image'].get(side, '')}",
         ]
         for where, sides in report["results"].items()
         for side, figures in sides.items()
@@ -81,7 +82,7 @@ def whole_run_table(report):
     results = report["results"]
     lost, waited = (results[name] for name in ("share_lost", "data_wait"))
     lines = [
-        [name, f"{speed['median']:.3g}", ""] for name, speed in results["images_per_s"].items()
+        [name, three_digits(speed["median"]), ""] for name, speed in results["images_per_s"].items()
     ]
     lines[0][-1] = (
         f"{lost['median']:.1%} ({lost['lowest']:.1%} to {lost['highest']:.1%}), "
@@ -94,6 +95,10 @@ def label(side):
     """A side in words: ours:bf16:compile is "ours, bf16, compiled"."""
     words = {"plain": "the plain way", "off": "float32", "compile": "compiled"}
     return ", ".join(words.get(part, part) for part in side.split(":"))
+
+
+def three_digits(value):
+    return f"{float(f'{value:.3g}'):g}"
 
 
 def spread(ratio):

@@ -10,9 +10,9 @@ step. AMP is off (float32), bf16, fp16 or auto.
 
 Every side lives in a process of its own. They take turns, one at a time, --pairs times, after as
 many steps as it takes to compile and warm up. A ratio is that of two turns of one round; shown are
-the median over the rounds, the lowest and the highest. MFU is the share of the fastest product of
-square matrices in the same type, timed in the same rounds, for the floating point operations that
-the method needs, however a side computes it.
+the median over the rounds, the lowest and the highest. MFU is the share of the peak, which is that
+of products of square matrices in the same type, computed as our linear layers are and timed in the
+same rounds, for the floating point operations that the method needs, however a side computes it.
 """
 
 import math
@@ -138,20 +138,31 @@ class Side:
         self._pipe, pipe = context.Pipe()
         self._process = context.Process(target=serve, args=(pipe, label, setting), daemon=True)
         self._process.start()
-        self._seconds_per_step, self.failure = self._pipe.recv()
+        pipe.close()
+        self._label = label
+        self._seconds_per_step, self.failure = self._answer()
 
     def steps_per_second(self, seconds=0.0, count=1):
         """Of a turn of `count` steps, or as many as take about so many seconds."""
         steps = max(count, math.ceil(seconds / self._seconds_per_step))
-        self._pipe.send(steps)
-        return steps / self._pipe.recv()
+        return steps / self._answer(steps)
 
     def close(self):
         """End the process; returns its peak memory in GiB."""
-        self._pipe.send(None)
-        memory = self._pipe.recv()
+        memory = self._answer(None)
         self._process.join()
         return memory
+
+    def _answer(self, *question):
+        try:
+            if question:
+                self._pipe.send(*question)
+            return self._pipe.recv()
+        except (EOFError, OSError) as error:
+            raise UserError(
+                f"the process of {self._label} has ended, most likely for want of memory: take "
+                "fewer --sides or a smaller --batch_size"
+            ) from error
 
 
 def serve(pipe, label, setting):

@@ -88,5 +88,16 @@ def test_train_step_writes_its_results(tmp_path, monkeypatch, capsys):
     assert "transformers:fp16 can't be timed" in capsys.readouterr().out
 
 
+def test_a_side_that_dies_is_told_of(monkeypatch, user_error):
+    """The kernel kills one where memory runs out."""
+    side = train_step.Side(
+        "ours:off", Setting("pretrain", "mae_vit_nano_patch4", 8, 2, CPU, "off", False)
+    )
+    side._process.kill()
+    side._process.join()
+    message = user_error(side.steps_per_second)
+    assert message.startswith("the process of ours:off has ended, most likely for want of memory")
+
+
 def test_the_readme_has_the_tables_that_the_results_make():
     assert table.parts()[1] == table.tables()
