@@ -8,7 +8,6 @@ import sys
 import pytest
 import torch
 from timm.models.vision_transformer import Block
-from torch.nn.functional import conv2d, scaled_dot_product_attention
 from torch.utils.flop_counter import FlopCounterMode
 
 import models_mae
@@ -102,16 +101,21 @@ def test_only_what_the_loss_needs_is_multiplied():
 # ---- attention
 
 
+def spy(monkeypatch, name):
+    """The arguments of all calls of a function in torch.nn.functional from here on."""
+    calls, function = [], getattr(torch.nn.functional, name)
+
+    def noting(*args, **kwargs):
+        calls.append(args)
+        return function(*args, **kwargs)
+
+    monkeypatch.setattr(torch.nn.functional, name, noting)
+    return calls
+
+
 @pytest.fixture
 def fused_calls(monkeypatch):
-    calls = []
-
-    def spy(*args, **kwargs):
-        calls.append(args)
-        return scaled_dot_product_attention(*args, **kwargs)
-
-    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", spy)
-    return calls
+    return spy(monkeypatch, "scaled_dot_product_attention")
 
 
 @pytest.mark.parametrize("build", BUILDERS)
@@ -152,14 +156,7 @@ def test_both_forms_of_attention_have_equal_loss_and_gradients():
 
 @pytest.fixture
 def convolutions(monkeypatch):
-    calls = []
-
-    def spy(*args, **kwargs):
-        calls.append(args)
-        return conv2d(*args, **kwargs)
-
-    monkeypatch.setattr(torch.nn.functional, "conv2d", spy)
-    return calls
+    return spy(monkeypatch, "conv2d")
 
 
 @pytest.mark.parametrize("bias", [True, False])
