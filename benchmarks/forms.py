@@ -45,16 +45,15 @@ def linear_inputs(images, heads, tokens, width, dtype):
     return layer, torch.randn(images, tokens, heads * width, dtype=dtype, requires_grad=True)
 
 
-def product(layer, x):
-    return F.linear(x, layer.weight, layer.bias)
-
-
 OPERATIONS = {
     "attention": (
         attention_inputs,
         {"fused": F.scaled_dot_product_attention, "plain": plain_attention},
     ),
-    "linear": (linear_inputs, {"product": product, "convolution": speed.linear_by_convolution}),
+    "linear": (
+        linear_inputs,
+        {"product": nn.Linear.forward, "convolution": speed.ConvolvedLinear.forward},
+    ),
 }
 
 

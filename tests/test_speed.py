@@ -166,7 +166,7 @@ def test_a_linear_layer_is_a_convolution_of_its_rows(shape, bias):
     linear = torch.nn.Linear(8, 12, bias)
     x = torch.randn(*shape[:-1], 2 * shape[-1])[..., ::2].requires_grad_()
     found = []
-    for outputs in (linear(x), speed.linear_by_convolution(linear, x)):
+    for outputs in (linear(x), speed.ConvolvedLinear.forward(linear, x)):
         outputs.square().sum().backward()
         gradients = [x.grad, *(p.grad for p in linear.parameters())]
         found.append([outputs.detach(), *gradients])

@@ -37,8 +37,9 @@ def prepare(model, device, dtype, *, compile=False, grad_checkpointing=False):
     for module in model.modules():
         if hasattr(module, "fused_attn") and on_cpu and dtype is torch.bfloat16:
             module.fused_attn = False
-        if isinstance(module, nn.Linear) and convolves:
-            module.forward = partial(linear_by_convolution, module)
+        if type(module) is nn.Linear and convolves:
+            # Not by a `forward` of each layer's own, for which its block would be compiled anew.
+            module.__class__ = ConvolvedLinear
         if isinstance(module, Block):
             if compile:
                 module.forward = torch.compile(module.forward, dynamic=False)
@@ -73,8 +74,10 @@ def onednn_outruns_mkl():
     return libraries and " avx512f " in cpu and family is not None and int(family[1]) >= 26
 
 
-def linear_by_convolution(linear, x):
-    """A linear layer's outputs [..., K] for x [..., D]: a convolution of 1 x 1 over all rows."""
-    rows = x.reshape(1, -1, 1, x.shape[-1]).permute(0, 3, 1, 2)  # [1, D, rows, 1]
-    outputs = F.conv2d(rows, linear.weight[:, :, None, None], linear.bias)
-    return outputs.permute(0, 2, 3, 1).reshape(*x.shape[:-1], -1)
+class ConvolvedLinear(nn.Linear):
+    """A linear layer [..., D] -> [..., K], computed as a convolution of 1 x 1 over all rows."""
+
+    def forward(self, x):
+        rows = x.reshape(1, -1, 1, x.shape[-1]).permute(0, 3, 1, 2)  # [1, D, rows, 1]
+        outputs = F.conv2d(rows, self.weight[:, :, None, None], self.bias)
+        return outputs.permute(0, 2, 3, 1).reshape(*x.shape[:-1], -1)
