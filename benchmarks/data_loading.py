@@ -29,7 +29,8 @@ from benchmarks import report
 from util import cli, loading, speed
 from util.data import pretrain_transform
 from util.distributed import Process, select_device
-from util.image_files import ImagePaths, read_image
+from util.errors import UserError
+from util.image_files import ImagePaths, UnreadableImage, read_image
 
 PHOTOGRAPHS = Path(__file__).parent / "photographs"
 WIDTH, HEIGHT = 500, 375
@@ -43,7 +44,7 @@ def get_args_parser():
         "--photographs", default=PHOTOGRAPHS, metavar="DIR", help="searched for images"
     )
     parser.add_argument(
-        "--images", type=cli.integer(1), default=1024, help="JPEGs that are made of them"
+        "--images", type=cli.integer(BATCH_SIZE), default=1024, help="JPEGs that are made of them"
     )
     parser.add_argument("--workers", type=cli.integer(1), default=len(os.sched_getaffinity(0)))
     parser.add_argument(
@@ -135,9 +136,11 @@ def make_jpegs(folder, photographs, count):
     (folder / "class").mkdir()
     sizes = []
     for number in range(count):
-        photograph = Image.fromarray(
-            read_image(paths[number % len(paths)]).permute(1, 2, 0).numpy()
-        )
+        try:
+            pixels = read_image(paths[number % len(paths)])
+        except UnreadableImage as error:
+            raise UserError(f"--photographs: {error}") from error
+        photograph = Image.fromarray(pixels.permute(1, 2, 0).numpy())
         most = min(photograph.width / WIDTH, photograph.height / HEIGHT)
         scale = random.uniform(0.7, 1) * most
         width, height = WIDTH * scale, HEIGHT * scale

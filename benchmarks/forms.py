@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from benchmarks import report
-from util import speed
+from util import cli, speed
 
 ROUNDS = 7
 SHAPES = {  # images, heads, tokens, width of a head
@@ -57,7 +57,7 @@ OPERATIONS = {
 }
 
 
-def main():
+def main(_args):
     speed.keep_freed_memory()  # as in training
     results = {}
     for operation, (make_inputs, forms) in OPERATIONS.items():
@@ -88,4 +88,4 @@ def seconds(form, make_inputs):
 
 
 if __name__ == "__main__":
-    main()
+    cli.run(main, cli.ArgumentParser(description=__doc__))

@@ -12,6 +12,8 @@ from pathlib import Path
 
 import torch
 
+from util.errors import UserError
+
 RESULTS = Path(__file__).parent / "results"
 PACKAGES = ("torch", "torchvision", "timm", "transformers", "lightly", "pillow", "numpy")
 
@@ -40,7 +42,10 @@ def write(name, results, **settings):
         "results": results,
     }
     path = RESULTS / f"{name}.json"
-    path.write_text(json.dumps(report, indent=2) + "\n")
+    try:
+        path.write_text(json.dumps(report, indent=2) + "\n")
+    except OSError as error:
+        raise UserError(f"{path} can't be written: {error.strerror}") from error
     print(f"written to {path}")
 
 

@@ -19,6 +19,7 @@ import models_vit
 from util import optim, speed
 from util.data import normalize
 from util.distributed import Process
+from util.errors import UserError
 from util.precision import autocast, grad_scaler, resolve_amp
 
 MASK_RATIO = 0.75
@@ -217,6 +218,8 @@ def transformers(setting):
 
 def lightly(setting):
     """lightly's masked autoencoder as its documentation puts it together, pre-training only."""
+    if setting.task != "pretrain":
+        raise UserError("lightly's masked autoencoder is for pre-training only")
     from lightly.models import utils
     from lightly.models.modules import MAEDecoderTIMM, MaskedVisionTransformerTIMM
 

@@ -5,21 +5,28 @@ python -m benchmarks.table --check    only see whether they are there
 """
 
 import json
-import sys
 from pathlib import Path
 
 from benchmarks.report import RESULTS
+from util import cli
+from util.errors import UserError
 
 README = Path(__file__).parent.parent / "README.md"
 BEGIN, END = "<!-- made by python -m benchmarks.table -->\n", "<!-- end -->\n"
 
 
-def main():
+def get_args_parser():
+    parser = cli.ArgumentParser(description=__doc__)
+    parser.add_argument("--check", action="store_true", help="write nothing")
+    return parser
+
+
+def main(args):
     before, found, after = parts()
-    if "--check" not in sys.argv:
+    if not args.check:
         README.write_text(before + BEGIN + tables() + END + after)
     elif found != tables():
-        sys.exit("README.md has other tables than the results make: python -m benchmarks.table")
+        raise UserError("README.md has other tables than the results make: leave --check out")
 
 
 def parts():
@@ -122,4 +129,4 @@ def source(report):
 
 
 if __name__ == "__main__":
-    main()
+    cli.run(main, get_args_parser())

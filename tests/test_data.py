@@ -6,7 +6,6 @@ import io
 import itertools
 import multiprocessing
 import os
-import random
 import shutil
 import signal
 import struct
@@ -306,20 +305,7 @@ def photograph_file(request, tmp_path):
     return path
 
 
-@pytest.fixture
-def torchvision_s_draws(monkeypatch):
-    """Python's generator draws what torchvision's transforms draw from torch's."""
-    monkeypatch.setattr(random, "random", lambda: torch.rand(1).item())
-    monkeypatch.setattr(
-        random, "uniform", lambda low, high: torch.empty(1).uniform_(low, high).item()
-    )
-    monkeypatch.setattr(
-        random, "randint", lambda low, high: torch.randint(low, high + 1, (1,)).item()
-    )
-
-
 @pytest.mark.parametrize("size", [(224, 224), (96, 160), (32, 32)], ids=str)
-@pytest.mark.usefixtures("torchvision_s_draws")
 def test_pretrain_transform_agrees_with_the_pillow_pipeline(photograph_file, size):
     scale, ratio = (0.2, 1.0), (3 / 4, 4 / 3)
     bicubic = transforms.InterpolationMode.BICUBIC
@@ -354,7 +340,6 @@ def test_pretrain_transform_agrees_with_the_pillow_pipeline(photograph_file, siz
     assert flips == {True, False}
 
 
-@pytest.mark.usefixtures("torchvision_s_draws")
 @pytest.mark.parametrize(
     "width_height", [(500, 375), (40, 40), (200, 10), (10, 200), (60, 40), (1, 1)], ids=str
 )

@@ -2,7 +2,6 @@
 
 import functools
 import math
-import random
 
 import torch
 import torch.nn.functional as F
@@ -100,7 +99,7 @@ auto_augment.NAME_TO_OP |= dict.fromkeys(
 class CropAndFlip(torch.nn.Module):
     """A random crop, resized (bicubic) to (height, width), in half of the cases flipped.
 
-    Drawn from Python's generator: torch's and v2's wrappers take as long as half of the resizing.
+    Drawn as torchvision's transforms draw, without what they do for other kinds of inputs.
     """
 
     def __init__(self, draw, size):
@@ -110,7 +109,7 @@ class CropAndFlip(torch.nn.Module):
 
     def forward(self, image):
         crop = resized_crop(image, *self.draw(*image.shape[-2:]), self.size)
-        return crop.flip(-1) if random.random() < 0.5 else crop
+        return crop.flip(-1) if torch.rand(1).item() < 0.5 else crop
 
 
 def draw_crop(height, width):
@@ -136,14 +135,15 @@ def draw_crop_once(height, width):
 
 def draw_shape(area, min_share):
     """Height and width of a share of `area`, of an aspect between 3/4 and 4/3."""
-    area *= random.uniform(min_share, 1)
-    aspect = math.exp(random.uniform(math.log(3 / 4), math.log(4 / 3)))
+    area_draw, aspect_draw = torch.rand(2).tolist()
+    area *= min_share + (1 - min_share) * area_draw
+    aspect = (4 / 3) ** (2 * aspect_draw - 1)
     return round(math.sqrt(area / aspect)), round(math.sqrt(area * aspect))
 
 
 def draw_place(height, width, crop_h, crop_w):
     """Top and left of a crop in an image."""
-    return random.randint(0, height - crop_h), random.randint(0, width - crop_w)
+    return tuple(torch.randint(1 + n, (1,)).item() for n in (height - crop_h, width - crop_w))
 
 
 def resized_crop(image, top, left, height, width, size):

@@ -2,6 +2,7 @@
 
 import ctypes
 import re
+import sys
 from functools import partial
 from pathlib import Path
 
@@ -40,6 +41,7 @@ def prepare(model, device, dtype, *, compile=False, grad_checkpointing=False):
         if type(module) is nn.Linear and convolves:
             # Not by a `forward` of each layer's own, for which its block would be compiled anew.
             module.__class__ = ConvolvedLinear
+            module.dilation = 1 if torch.get_num_threads() > 1 else 2
         if isinstance(module, Block):
             if compile:
                 module.forward = torch.compile(module.forward, dynamic=False)
@@ -48,12 +50,12 @@ def prepare(model, device, dtype, *, compile=False, grad_checkpointing=False):
 
 
 def keep_freed_memory():
-    """Have glibc keep freed memory for the next tensors; does nothing under another C library.
+    """Have glibc keep freed memory for the next tensors; does nothing without glibc.
 
     It returns large blocks to the system by default, which zeroes and maps every page of them anew
     at the next allocation: at every operation on activations, in every step.
     """
-    libc = ctypes.CDLL(None)
+    libc = ctypes.CDLL(None) if sys.platform == "linux" else None
     if hasattr(libc, "mallopt"):
         libc.mallopt(M_MMAP_MAX, 0)
         libc.mallopt(M_TRIM_THRESHOLD, -1)
@@ -75,9 +77,16 @@ def onednn_outruns_mkl():
 
 
 class ConvolvedLinear(nn.Linear):
-    """A linear layer [..., D] -> [..., K], computed as a convolution of 1 x 1 over all rows."""
+    """A linear layer [..., D] -> [..., K], computed as a convolution of 1 x 1 over all rows.
+
+    Its kernel's dilation means nothing to the result. With one thread, however, torch has MKL
+    convolve with kernels of 1 x 1 that are not dilated.
+    """
+
+    dilation = 1
 
     def forward(self, x):
         rows = x.reshape(1, -1, 1, x.shape[-1]).permute(0, 3, 1, 2)  # [1, D, rows, 1]
-        outputs = F.conv2d(rows, self.weight[:, :, None, None], self.bias)
+        kernel = self.weight[:, :, None, None]
+        outputs = F.conv2d(rows, kernel, self.bias, dilation=self.dilation)
         return outputs.permute(0, 2, 3, 1).reshape(*x.shape[:-1], -1)
