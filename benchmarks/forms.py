@@ -40,8 +40,8 @@ def plain_attention(q, k, v):
 
 
 def linear_inputs(images, heads, tokens, width, dtype):
-    """The layer and its inputs."""
-    layer = nn.Linear(heads * width, 4 * heads * width, dtype=dtype)
+    """The layer, which can be computed in both forms, and its inputs."""
+    layer = speed.ConvolvedLinear(heads * width, 4 * heads * width, dtype=dtype)
     return layer, torch.randn(images, tokens, heads * width, dtype=dtype, requires_grad=True)
 
 

@@ -88,6 +88,66 @@ def test_train_step_writes_its_results(tmp_path, monkeypatch, capsys):
     assert "transformers:fp16 can't be timed" in capsys.readouterr().out
 
 
+def test_figures_are_the_turns_by_hand(tmp_path, monkeypatch):
+    """Steps a second of three rounds, of which the first warms up, and of the peak's products."""
+    rates = {
+        "ours:off": [9.0, 4.0, 6.0, 5.0],
+        "plain:off": [9.0, 2.0, 2.0, 2.0],
+        "matmul:off": [9.0, 1.0, 1.0, 1.0],
+    }
+
+    class FakeSide:
+        failure = None
+
+        def __init__(self, label, _setting):
+            self.turns = iter(rates[label])
+
+        def steps_per_second(self, seconds):
+            assert seconds == 5
+            return next(self.turns)
+
+        def close(self):
+            return 1.5
+
+    monkeypatch.setattr(report, "RESULTS", tmp_path)
+    monkeypatch.setattr(train_step, "Side", FakeSide)
+    flags = "--batch_size 10 --pairs 3 --device cpu --name by_hand --sides ours:off plain:off"
+    train_step.main(train_step.get_args_parser().parse_args(flags.split()))
+    results = json.loads((tmp_path / "by_hand.json").read_text())["results"]
+    ours = results["ours:off"]
+    assert ours["images_per_s"] == {"median": 50, "lowest": 40, "highest": 60}
+    assert ours["seconds_per_step"] == 0.2
+    assert ours["peak_memory_gib"] == 1.5
+    assert ours["times_as_fast_as"] == {"plain:off": {"median": 2.5, "lowest": 2, "highest": 3}}
+    assert ours["mfu"]["median"] == pytest.approx(50 * 58.7e9 / (2 * 2048**3), rel=2e-3)
+    assert results["plain:off"]["times_as_fast_as"] == {}
+
+
+def test_a_turn_has_as_many_steps_as_its_seconds_take():
+    class Pipe:
+        def send(self, steps):
+            self.steps = steps
+
+        def recv(self):
+            return self.steps / 8  # eight steps a second
+
+    side = object.__new__(train_step.Side)
+    side._pipe, side._seconds_per_step = Pipe(), 0.125
+    assert side.steps_per_second(2) == 8
+    assert side._pipe.steps == 16
+    assert side.steps_per_second(count=3) == 8
+    assert side._pipe.steps == 3
+
+
+@pytest.mark.parametrize("side", ["ours:fp16", "lightly:off"])
+def test_nothing_is_written_where_no_side_can_be_timed(side, tmp_path, monkeypatch, user_error):
+    monkeypatch.setattr(report, "RESULTS", tmp_path)
+    flags = ["--task", "finetune", "--model", "vit_nano_patch4", "--device", "cpu", "--sides", side]
+    args = train_step.get_args_parser().parse_args(flags)
+    assert user_error(lambda: train_step.main(args)) == f"none of the sides {side} can be timed"
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_side_that_dies_is_told_of(monkeypatch, user_error):
     """The kernel kills one where memory runs out."""
     side = train_step.Side(

@@ -159,14 +159,16 @@ def convolutions(monkeypatch):
     return spy(monkeypatch, "conv2d")
 
 
+@pytest.mark.parametrize("dilation", [1, 2])
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("shape", [(7, 8), (2, 7, 8), (2, 3, 7, 8), (1, 1, 8)], ids=str)
-def test_a_linear_layer_is_a_convolution_of_its_rows(shape, bias):
+def test_a_linear_layer_is_a_convolution_of_its_rows(shape, bias, dilation):
     torch.manual_seed(0)
-    linear = torch.nn.Linear(8, 12, bias)
+    linear = speed.ConvolvedLinear(8, 12, bias)
+    linear.dilation = dilation
     x = torch.randn(*shape[:-1], 2 * shape[-1])[..., ::2].requires_grad_()
     found = []
-    for outputs in (linear(x), speed.ConvolvedLinear.forward(linear, x)):
+    for outputs in (torch.nn.Linear.forward(linear, x), linear(x)):
         outputs.square().sum().backward()
         gradients = [x.grad, *(p.grad for p in linear.parameters())]
         found.append([outputs.detach(), *gradients])
@@ -178,19 +180,42 @@ def test_a_linear_layer_is_a_convolution_of_its_rows(shape, bias):
 
 @pytest.mark.parametrize("build", BUILDERS)
 @pytest.mark.parametrize(
-    "dtype, outruns, convolved",
-    [(None, True, True), (None, False, False), (torch.bfloat16, True, False)],
+    "device, dtype, outruns, convolved",
+    [
+        ("cpu", None, True, True),
+        ("cpu", None, False, False),
+        ("cpu", torch.bfloat16, True, False),
+        ("cuda", None, True, False),
+    ],
 )
-def test_float32_is_convolved_where_that_is_faster(
-    build, dtype, outruns, convolved, convolutions, monkeypatch
+def test_float32_on_a_cpu_is_convolved_where_that_is_faster(
+    build, device, dtype, outruns, convolved, convolutions, monkeypatch
 ):
     monkeypatch.setattr(speed, "onednn_outruns_mkl", lambda: outruns)
     model = build()
     layers = sum(isinstance(module, torch.nn.Linear) for module in model.modules())
-    speed.prepare(model, CPU, dtype)
+    speed.prepare(model, torch.device(device), dtype)
     model(torch.randn(2, 3, 16, 16))
     kernels = [weight.shape[2:] for _, weight, *_ in convolutions]
     assert kernels.count((1, 1)) == convolved * layers
+
+
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="torch without oneDNN")
+@pytest.mark.parametrize("threads", [1, 2])
+def test_convolutions_are_onednn_s_with_any_number_of_threads(threads, monkeypatch):
+    monkeypatch.setattr(speed, "onednn_outruns_mkl", lambda: True)
+    threads_before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        layer = torch.nn.Linear(128, 256)
+        speed.prepare(layer, CPU, None)
+        with torch.profiler.profile() as profile:
+            layer(torch.randn(4, 50, 128)).sum().backward()
+    finally:
+        torch.set_num_threads(threads_before)
+    operations = {event.key for event in profile.key_averages()}
+    assert "aten::mkldnn_convolution" in operations
+    assert not operations & {"aten::mm", "aten::addmm", "aten::thnn_conv2d"}
 
 
 def test_convolved_layers_have_equal_loss_and_gradients(monkeypatch):
@@ -268,6 +293,15 @@ for _ in range(8):
     torch.ones(2**24)  # 64 MiB
 print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt)
 """
+
+
+def test_only_on_a_cpu_is_freed_memory_kept(monkeypatch):
+    calls = []
+    monkeypatch.setattr(speed, "keep_freed_memory", lambda: calls.append(True))
+    speed.prepare(nano(), torch.device("cuda"), None)
+    assert not calls
+    speed.prepare(nano(), CPU, None)
+    assert calls
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="glibc's allocator")
