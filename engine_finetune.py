@@ -1,48 +1,58 @@
 """One epoch of training a classifier, fine-tuned or probed, and its accuracy."""
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor, nn
 
 from util import distributed
 from util.errors import UserError
+from util.loading import ImageLoader
+from util.logs import Meter
 from util.lr_sched import set_lr, warmup_cosine_lr
 from util.optim import clip_and_step
 from util.precision import autocast
 from util.seeding import seed_generators
+from util.training import Checkpoints, TrainingState
 
 
 def train_one_epoch(
-    model,
-    criterion,
-    loader,
-    optimizer,
-    scaler,
+    model: nn.Module,
+    criterion: Callable[[Tensor, Tensor], Tensor],
+    loader: ImageLoader,
+    optimizer: torch.optim.Optimizer,
+    scaler: torch.amp.GradScaler,
     *,
-    run,
-    epoch,
-    seed,
-    schedule,
-    accum_iter,
-    amp_dtype,
-    clip_grad=None,
-    random_erasing=None,
-    mixup=None,
-):
-    """Train for the rest of an epoch.
+    state: TrainingState,
+    meter: Meter,
+    checkpoints: Checkpoints,
+    schedule: dict[str, float],
+    accum_iter: int,
+    amp_dtype: torch.dtype | None,
+    seed: int,
+    rank: int,
+    clip_grad: float | None = None,
+    random_erasing: Callable[[Tensor], Tensor] | None = None,
+    mixup: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None,
+) -> dict[str, Any]:
+    """Train from `state` to the end of its epoch.
 
     Args:
         model: a classifier [N, 3, H, W] -> logits [N, K], or its data-parallel wrapper.
         criterion: loss of logits and labels [N], or of logits and shares [N, K] under mixup.
-        loader: an `ImageLoader` of training images.
+        loader: gives batches of training images.
         optimizer, scaler: an optimizer and a gradient scaler, which may be disabled.
-        run: the `Run`, which shows and saves the epoch and knows the step it takes up at.
-        epoch: counted from 0.
-        seed: of erasing, mixup and drop path, which are functions of (seed, epoch, step, rank).
+        state: the epoch and the step to start from; kept up to date.
+        meter: averages the losses and shows them.
+        checkpoints: save the state when it is time, or when a signal asks to stop.
         schedule: lr, min_lr, warmup_epochs and epochs of the learning rate.
-        accum_iter: steps whose gradients make one update; fewer at the end of the epoch.
+        accum_iter: steps per optimizer update; the last update of an epoch may have fewer.
         amp_dtype: type to compute in under autocast, or None for float32.
+        seed: seed of erasing, mixup and drop path: functions of (seed, epoch, step, rank).
+        rank: number of this process.
         clip_grad: largest norm of the gradients, or None.
         random_erasing: timm's RandomErasing of a batch of images, or None.
         mixup: timm's Mixup of a batch of images and labels, or None.
@@ -51,61 +61,62 @@ def train_one_epoch(
         the epoch's entries for log.txt.
     """
     model.train()
-    steps = len(loader)
-    log = run.epoch_log(loader, epoch)
+    epoch, steps = state.epoch, len(loader)
 
-    for step, imgs, targets in log.steps():
-        group_start = step - step % accum_iter
-        group_size = min(accum_iter, steps - group_start)
-        updates = step + 1 == group_start + group_size
-        if step == group_start:
+    for step, imgs, targets in meter.timed(loader.train_batches(epoch, state.step)):
+        first_of_update = step - step % accum_iter
+        steps_of_update = min(accum_iter, steps - first_of_update)
+        is_last_of_update = step + 1 == first_of_update + steps_of_update
+        if step == first_of_update:
             lr = warmup_cosine_lr(epoch + step / steps, **schedule)
             set_lr(optimizer, lr)
 
-        seed_generators(seed, "step", epoch, step, run.process.rank, device=imgs.device)
+        seed_generators(seed, "step", epoch, step, rank, device=imgs.device)
         if random_erasing is not None:
             imgs = random_erasing(imgs)
         if mixup is not None:
             imgs, targets = mixup(imgs, targets)
-        with distributed.sync_gradients(model, when=updates):
+        with distributed.sync_gradients(model, when=is_last_of_update):
             with autocast(imgs.device, amp_dtype):
                 logits = model(imgs)
             loss = criterion(logits.float(), targets)
-            scaler.scale(loss / group_size).backward()
+            scaler.scale(loss / steps_of_update).backward()
 
-        if updates:
+        if is_last_of_update:
             clip_and_step(model, optimizer, scaler, clip_grad)
-        log.add(step, loss, lr)
-        if updates:
-            run.save_if_due(log, step + 1)
+        meter.add(step, loss, lr)
+        if is_last_of_update:
+            state.step = step + 1
+            checkpoints.save_if_due(state, meter)
 
-    return log.summary()
+    return meter.summary()
 
 
-@torch.compiler.set_stance("force_eager")  # not compiled for its shapes
+@torch.compiler.set_stance("force_eager")  # compiling for evaluation's shapes would not pay
 @torch.no_grad()
-def evaluate(model, loader, *, amp_dtype):
-    """Accuracy and loss of a classifier; every image counts once, over any number of processes.
+def evaluate(
+    model: nn.Module, loader: ImageLoader, *, amp_dtype: torch.dtype | None
+) -> dict[str, float]:
+    """A classifier's accuracy and loss; every image counts once, over any number of processes.
 
     Args:
         model: a classifier without a data-parallel wrapper.
-        loader: an `ImageLoader` over `OrderedBatches`.
+        loader: gives every image once.
         amp_dtype: type to compute in under autocast, or None for float32.
 
     Returns:
-        test_acc1 and test_acc5, the percentage of images whose label is the likeliest class or
-        among the five likeliest (of fewer classes: among all of them), and test_loss, the mean
-        cross entropy.
+        test_acc1 and test_acc5, the percentage of images whose label is the likeliest class or one
+        of the five likeliest (of all, if there are fewer), and test_loss, the mean cross entropy.
 
     Raises:
-        UserError: in every process, an image of any of them is unreadable or the loss not finite.
+        UserError: an image is unreadable or the loss not finite; raised in every process.
     """
     model.eval()
     distributed.share_buffers(model)
-    broken = []
+    unreadable: list[str] = []
     sums = torch.zeros(3, dtype=torch.float64, device=loader.device)
-    for imgs, labels, indices, readable in loader:
-        broken += [loader.dataset.paths[index] for index in indices[~readable].tolist()]
+    for imgs, labels, indices, readable in loader.eval_batches():
+        unreadable += [loader.dataset.paths[index] for index in indices[~readable].tolist()]
         with autocast(imgs.device, amp_dtype):
             logits = model(imgs)
         losses = F.cross_entropy(logits.float(), labels, reduction="none")
@@ -113,11 +124,13 @@ def evaluate(model, loader, *, amp_dtype):
         hits = likeliest == labels[:, None]
         sums += torch.stack([hits[:, 0].sum(), hits.sum(), losses.double().sum()])
 
-    gathered, broken = zip(*distributed.gather((sums.tolist(), broken)), strict=True)
-    broken = [path for paths in broken for path in paths]
-    if broken:
-        others = f" and {len(broken) - 1} others are" if len(broken) > 1 else " is"
-        raise UserError(f"{broken[0]}{others} unreadable: evaluation takes every image, repair it")
+    gathered, paths = zip(*distributed.gather((sums.tolist(), unreadable)), strict=True)
+    unreadable = [path for own_paths in paths for path in own_paths]
+    if unreadable:
+        more = f" and {len(unreadable) - 1} more are" if len(unreadable) > 1 else " is"
+        raise UserError(
+            f"{unreadable[0]}{more} unreadable: evaluation needs every image, repair it"
+        )
     top1, top5, loss = (sum(values) / len(loader.dataset) for values in zip(*gathered, strict=True))
     if not math.isfinite(loss):
         raise UserError(f"the loss on the held-out images is {loss}: the weights are of no use")

@@ -1,88 +1,105 @@
 """One epoch of masked-autoencoder pre-training, and the loss on held-out images."""
 
+from typing import Any
+
 import torch
+from torch import nn
 
 from util import distributed
+from util.loading import ImageLoader
+from util.logs import Meter
 from util.lr_sched import set_lr, warmup_cosine_lr
 from util.optim import clip_and_step
 from util.precision import autocast
 from util.seeding import uniform_noise
+from util.training import Checkpoints, TrainingState
 
 
 def train_one_epoch(
-    model,
-    loader,
-    optimizer,
-    scaler,
+    model: nn.Module,
+    loader: ImageLoader,
+    optimizer: torch.optim.Optimizer,
+    scaler: torch.amp.GradScaler,
     *,
-    run,
-    epoch,
-    schedule,
-    mask_ratio,
-    accum_iter,
-    clip_grad,
-    amp_dtype,
-    seed,
-):
-    """Train for the rest of an epoch.
+    state: TrainingState,
+    meter: Meter,
+    checkpoints: Checkpoints,
+    schedule: dict[str, float],
+    mask_ratio: float,
+    accum_iter: int,
+    clip_grad: float | None,
+    amp_dtype: torch.dtype | None,
+    seed: int,
+    rank: int,
+) -> dict[str, Any]:
+    """Train from `state` to the end of its epoch.
 
     Args:
         model: a MaskedAutoencoderViT, or its data-parallel wrapper.
-        loader: an `ImageLoader` of training images.
+        loader: gives batches of training images.
         optimizer, scaler: an optimizer and a gradient scaler, which may be disabled.
-        run: the `Run`, which shows and saves the epoch and knows the step it takes up at.
-        epoch: counted from 0.
+        state: the epoch and the step to start from; kept up to date.
+        meter: averages the losses and shows them.
+        checkpoints: save the state when it is time, or when a signal asks to stop.
         schedule: lr, min_lr, warmup_epochs and epochs of the learning rate.
         mask_ratio: share of the patches to remove.
-        accum_iter: steps whose gradients make one update; fewer at the end of the epoch.
+        accum_iter: steps per optimizer update; the last update of an epoch may have fewer.
         clip_grad: largest norm of the gradients, or None.
         amp_dtype: type to compute in under autocast, or None for float32.
-        seed: of the masks, which are a function of (seed, epoch, step, rank).
+        seed: seed of the masks, which are a function of (seed, epoch, step, rank).
+        rank: number of this process.
 
     Returns:
         the epoch's entries for log.txt.
     """
     model.train()
-    steps = len(loader)
+    epoch, steps = state.epoch, len(loader)
     num_patches = distributed.unwrap(model).patch_embed.num_patches
-    log = run.epoch_log(loader, epoch)
 
-    for step, imgs, _ in log.steps():
-        group_start = step - step % accum_iter
-        group_size = min(accum_iter, steps - group_start)
-        updates = step + 1 == group_start + group_size
-        if step == group_start:
+    for step, imgs, _ in meter.timed(loader.train_batches(epoch, state.step)):
+        first_of_update = step - step % accum_iter
+        steps_of_update = min(accum_iter, steps - first_of_update)
+        is_last_of_update = step + 1 == first_of_update + steps_of_update
+        if step == first_of_update:
             lr = warmup_cosine_lr(epoch + step / steps, **schedule)
             set_lr(optimizer, lr)
 
-        mask_key = (seed, "mask", epoch, step, run.process.rank)
+        mask_key = (seed, "mask", epoch, step, rank)
         noise = uniform_noise((len(imgs), num_patches), *mask_key, device=imgs.device)
-        with distributed.sync_gradients(model, when=updates):
+        with distributed.sync_gradients(model, when=is_last_of_update):
             with autocast(imgs.device, amp_dtype):
-                loss, _, _ = model(imgs, mask_ratio, noise, return_pred=False)
-            scaler.scale(loss / group_size).backward()
+                loss, _, _ = model(imgs, mask_ratio, noise)
+            scaler.scale(loss / steps_of_update).backward()
 
-        if updates:
+        if is_last_of_update:
             clip_and_step(model, optimizer, scaler, clip_grad)
-        log.add(step, loss, lr)
-        if updates:
-            run.save_if_due(log, step + 1)
+        meter.add(step, loss, lr)
+        if is_last_of_update:
+            state.step = step + 1
+            checkpoints.save_if_due(state, meter)
 
-    return log.summary()
+    return meter.summary()
 
 
-@torch.compiler.set_stance("force_eager")  # not compiled for its shapes
+@torch.compiler.set_stance("force_eager")  # compiling for evaluation's shapes would not pay
 @torch.no_grad()
-def evaluate(model, loader, *, mask_ratio, amp_dtype, seed):
-    """The masked loss of held-out images, with one fixed mask an image.
+def evaluate(
+    model: nn.Module,
+    loader: ImageLoader,
+    *,
+    mask_ratio: float,
+    amp_dtype: torch.dtype | None,
+    seed: int,
+) -> dict[str, float]:
+    """The masked loss on held-out images, with one fixed mask for each image.
 
     Every readable image counts once, over any number of processes.
 
     Args:
         model: a MaskedAutoencoderViT without a data-parallel wrapper.
-        loader: an `ImageLoader` over `OrderedBatches`.
+        loader: gives every image once.
         mask_ratio, amp_dtype: as in training.
-        seed: of the masks, which are a function of (seed, image index).
+        seed: seed of the masks, which are a function of (seed, image index).
 
     Returns:
         the entries for log.txt.
@@ -90,7 +107,7 @@ def evaluate(model, loader, *, mask_ratio, amp_dtype, seed):
     model.eval()
     num_patches = model.patch_embed.num_patches
     losses, counts = [], []
-    for imgs, _, indices, readable in loader:
+    for imgs, _, indices, readable in loader.eval_batches():
         loader.warn_unreadable(indices[~readable])
         if not readable.any():
             continue

@@ -10,6 +10,9 @@ released one, bare weights (.pth or .safetensors) or the https:// address of suc
 same command again to continue after any interruption.
 """
 
+import util.threads  # noqa: F401  before torch, whose threads it sets
+
+# isort: split
 import torch
 from timm.data import Mixup
 from timm.data.random_erasing import RandomErasing
@@ -27,13 +30,14 @@ from util import (
     loading,
     logs,
     optim,
+    precision,
+    pretrained,
     speed,
+    stopping,
+    training,
 )
-from util.accuracy import report_evaluation
 from util.errors import UserError
-from util.lr_sched import SCHEDULE_FLAGS, make_schedule
-from util.precision import grad_scaler, resolve_amp
-from util.run import ARCHITECTURE_FLAGS, RUN_FLAGS, Run
+from util.lr_sched import make_schedule
 from util.seeding import derive_seed
 
 
@@ -73,38 +77,38 @@ def get_args_parser():
 
 def main(args):
     with distributed.process_group(args.device) as process:
-        (evaluate_checkpoint if args.eval else finetune)(args, process)
+        cli.make_output_dirs(args.output_dir, args.log_dir, process)
+        if args.eval:
+            evaluate_checkpoint(args, process)
+        else:
+            with training.lock(args.output_dir, process):
+                finetune(args, process)
 
 
 def finetune(args, process):
     # ---- setup
-    amp_dtype = resolve_amp(args.amp, process.device)
-    effective_batch = args.batch_size * args.accum_iter * process.world_size
-    schedule = make_schedule(effective_batch, **cli.pick(args, SCHEDULE_FLAGS))
     mixes = args.mixup > 0 or args.cutmix > 0 or args.cutmix_minmax is not None
     if mixes and args.batch_size % 2:
         raise UserError(f"mixup and cutmix pair images: batch_size {args.batch_size} is not even")
     if args.cutmix_minmax:
         data.check_cutmix_sides(args.input_size, args.cutmix_minmax)
-    cli.make_output_dirs(args.output_dir, args.log_dir, process)
-
-    # ---- data
-    train_paths, val_paths = image_files.find_labelled_images(args.data_path, args.nb_classes)
-    train_transform = data.finetune_transform(args.input_size, args.color_jitter, args.aa)
-    batching = cli.pick(args, "batch_size seed num_workers pin_mem")
-    train_loader = loading.train_loader(
-        train_paths, train_transform, process, accum_iter=args.accum_iter, **batching
-    )
-    val_loader = loading.eval_loader(val_paths, args.input_size, process, **batching)
+    transform = data.finetune_transform(args.input_size, args.color_jitter, args.aa)
+    amp_dtype = precision.resolve_amp(args.amp, process.device)
 
     # ---- model
     model = build_model(args)
     encoder = None
     if args.finetune:
         nn.init.trunc_normal_(model.head.weight, std=2e-5)
-        encoder = checkpoint.start_from(model, args.finetune)
+        encoder = pretrained.start_from(model, args.finetune)
     model.to(process.device)
-    speed.prepare(model, process.device, amp_dtype, **cli.pick(args, "compile grad_checkpointing"))
+    speed.prepare(
+        model,
+        process.device,
+        amp_dtype,
+        compile=args.compile,
+        grad_checkpointing=args.grad_checkpointing,
+    )
 
     # ---- augmentation of batches, loss
     random_erasing = mixup = None
@@ -128,73 +132,194 @@ def finetune(args, process):
     # ---- optimizer
     groups = optim.layer_decay_groups(model, args.weight_decay, args.layer_decay)
     optimizer = optim.adamw(groups, betas=(0.9, 0.999))
-    scaler = grad_scaler(process.device, amp_dtype)
-
-    # ---- resume
-    run = Run(
-        "main_finetune.py",
-        process,
-        {"model": model, "optimizer": optimizer, "scaler": scaler},
-        flags=vars(args),
-        images=train_paths,
-        steps=len(train_loader),
-        settings={"encoder": encoder},
-        contents={"classes": train_paths.classes},
-        **cli.pick(args, RUN_FLAGS),
-    )
-    parameters = sum(p.numel() for p in model.parameters())
-    origin = f"from {args.finetune}" if args.finetune else "from scratch, without --finetune"
-    size = logs.describe_training(process, effective_batch, schedule["lr"], amp_dtype)
-    run.log.line(
-        f"{args.model}, {parameters / 1e6:.1f} M parameters, {origin}, on {len(train_paths)} "
-        f"images of {len(train_paths.classes)} classes; {size}"
-    )
 
     # ---- train
+    parameters = sum(p.numel() for p in model.parameters())
+    origin = f"from {args.finetune}" if args.finetune else "from scratch, without --finetune"
+    train_classifier(
+        args,
+        process,
+        model,
+        optimizer,
+        criterion,
+        command="main_finetune.py",
+        parser=get_args_parser(),
+        encoder=encoder,
+        trained=model,
+        transform=transform,
+        title=f"{args.model}, {parameters / 1e6:.1f} M parameters, {origin}",
+        random_erasing=random_erasing,
+        mixup=mixup,
+    )
+
+
+def train_classifier(
+    args,
+    process,
+    model,
+    optimizer,
+    criterion,
+    *,
+    command,
+    parser,
+    encoder,
+    trained,
+    transform,
+    title,
+    random_erasing=None,
+    mixup=None,
+):
+    """Train a classifier to its end: the part that fine-tuning and the linear probe share.
+
+    Args:
+        args, process: the command's flags and this `distributed.Process`.
+        model: the classifier on its device.
+        optimizer, criterion: as of `train_one_epoch`.
+        command, parser: the command's name and the parser of its flags.
+        encoder: fingerprint of the pre-trained encoder, or None.
+        trained: the module that is trained and saved: the model or its head.
+        transform: the transform of training images.
+        title: the start of the run's first line.
+        random_erasing, mixup: as of `train_one_epoch`.
+    """
+    amp_dtype = precision.resolve_amp(args.amp, process.device)
+    if process.device.type == "cpu":
+        speed.keep_freed_memory()
+
+    # ---- data
+    train_paths, val_paths = image_files.find_labelled_images(args.data_path, args.nb_classes)
+    batching = dict(
+        batch_size=args.batch_size,
+        seed=args.seed,
+        num_workers=args.num_workers,
+        pin_mem=args.pin_mem,
+    )
+    train_loader = loading.train_loader(
+        train_paths, transform, process, accum_iter=args.accum_iter, **batching
+    )
+    val_loader = loading.eval_loader(val_paths, args.input_size, process, **batching)
+
+    # ---- schedule, resume
+    effective_batch = args.batch_size * args.accum_iter * process.world_size
+    schedule = make_schedule(
+        effective_batch,
+        lr=args.lr,
+        blr=args.blr,
+        min_lr=args.min_lr,
+        warmup_epochs=args.warmup_epochs,
+        epochs=args.epochs,
+    )
+    scaler = precision.grad_scaler(process.device, amp_dtype)
+    signals = stopping.StopSignals()
+    state = training.TrainingState(trained, optimizer, scaler)
+    checkpoints = training.Checkpoints(
+        args.output_dir,
+        process,
+        signals=signals,
+        settings=training.defining_settings(
+            flags.fixed(parser, vars(args)),
+            images=train_paths,
+            process=process,
+            amp_dtype=amp_dtype,
+            encoder=encoder,
+        ),
+        contents={"command": command, "args": vars(args), "classes": train_paths.classes},
+        epochs=args.epochs,
+        save_every=args.save_every,
+        save_minutes=args.save_minutes,
+    )
+    checkpoints.restore(state, args.resume)
+    log = logs.RunLog(
+        args.output_dir,
+        args.log_dir or args.output_dir,
+        process,
+        epochs=args.epochs,
+        loss_tag="loss",
+        start=state.epoch + state.step / len(train_loader),
+    )
+    dtype = precision.dtype_name(amp_dtype)
+    size = logs.describe_training(process, effective_batch, schedule["lr"], dtype)
+    log.line(f"{title}, on {len(train_paths)} images of {len(train_paths.classes)} classes; {size}")
+
+    # ---- train
+    parameters = sum(p.numel() for p in trained.parameters())
     parallel_model = distributed.data_parallel(model, process)
-    with run:
-        for epoch in run.epochs_left():
+    with log, signals:
+        while state.epoch < args.epochs:
+            meter = logs.Meter(log, state, train_loader, args.log_every)
             record = train_one_epoch(
                 parallel_model,
                 criterion,
                 train_loader,
                 optimizer,
                 scaler,
-                run=run,
-                epoch=epoch,
+                state=state,
+                meter=meter,
+                checkpoints=checkpoints,
                 schedule=schedule,
+                accum_iter=args.accum_iter,
+                amp_dtype=amp_dtype,
+                seed=args.seed,
+                rank=process.rank,
+                clip_grad=args.clip_grad,
                 random_erasing=random_erasing,
                 mixup=mixup,
-                amp_dtype=amp_dtype,
-                **cli.pick(args, "seed accum_iter clip_grad"),
             )
-            run.save_before_evaluation()
+            checkpoints.save_last(state)  # the evaluation may fail
             figures = evaluate(model, val_loader, amp_dtype=amp_dtype)
-            run.log.accuracy(epoch + 1, figures)
-            record |= figures | {"n_parameters": parameters}
-            run.end_epoch(record, figure=figures["test_acc1"])
+            log.line(logs.accuracy_line(figures))
+            log.epoch(record | figures | {"n_parameters": parameters})
+            checkpoints.save_epoch(state, score=figures["test_acc1"])
+            log.performance(state.epoch + 1, figures)
+            state.begin_next_epoch()
+    checkpoints.finish()
+    log.line(f"done: {args.epochs} epochs, see {args.output_dir}")
 
 
 def evaluate_checkpoint(args, process):
     if args.resume not in ("auto", "none") and args.finetune:
-        raise UserError("--eval takes the classifier of --resume or of --finetune, not of both")
+        raise UserError("--eval needs one classifier: give it by --resume or by --finetune")
     path = args.finetune if args.resume in ("auto", "none") else args.resume
     if not path:
-        raise UserError("--eval needs the checkpoint of a classifier: give it by --resume")
-    amp_dtype = resolve_amp(args.amp, process.device)
-    cli.make_output_dirs(args.output_dir, args.log_dir, process)
+        raise UserError("--eval needs a classifier's checkpoint: give it by --resume")
     contents = checkpoint.load_checkpoint(path)
+    model = build_model(args)
+    pretrained.load_classifier(
+        model, contents["model"], path, pretrained.saved_input_size(contents)
+    )
+    evaluate_classifier(args, process, model, contents, path)
+
+
+def evaluate_classifier(args, process, model, contents, path):
+    """Evaluate a classifier, with the `contents` of the checkpoint at `path`: print, write."""
+    pretrained.check_flags(
+        contents,
+        path,
+        {
+            "model": args.model,
+            "nb_classes": args.nb_classes,
+            "global_pool": args.global_pool,
+            "input_size": args.input_size,
+        },
+    )
     (val_paths,) = image_files.find_labelled_images(args.data_path, args.nb_classes, ["val"])
     if "classes" in contents:
         image_files.check_classes(val_paths, contents["classes"], path)
-    checkpoint.check_flags(contents, path, cli.pick(args, ARCHITECTURE_FLAGS))
-    model = build_model(args)
-    checkpoint.load_classifier(model, contents["model"], path)
-    batching = cli.pick(args, "batch_size seed num_workers pin_mem")
-    val_loader = loading.eval_loader(val_paths, args.input_size, process, **batching)
+    val_loader = loading.eval_loader(
+        val_paths,
+        args.input_size,
+        process,
+        batch_size=args.batch_size,
+        seed=args.seed,
+        num_workers=args.num_workers,
+        pin_mem=args.pin_mem,
+    )
+    amp_dtype = precision.resolve_amp(args.amp, process.device)
     speed.prepare(model, process.device, amp_dtype)
     figures = evaluate(model.to(process.device), val_loader, amp_dtype=amp_dtype)
-    report_evaluation(args.output_dir, process, figures, checkpoint=path, images=len(val_paths))
+    logs.report_evaluation(
+        args.output_dir, process, figures, checkpoint=path, images=len(val_paths)
+    )
 
 
 def build_model(args):

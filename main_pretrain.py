@@ -8,15 +8,30 @@ the loss on those images, under fixed masks, is logged every epoch. Run the same
 continue after any interruption.
 """
 
+import util.threads  # noqa: F401  before torch, whose threads it sets
+
+# isort: split
 import numpy as np
 import torch
 
 import models_mae
 from engine_pretrain import evaluate, train_one_epoch
-from util import cli, data, distributed, flags, image_files, loading, logs, optim, speed, visualize
-from util.lr_sched import SCHEDULE_FLAGS, make_schedule
-from util.precision import grad_scaler, resolve_amp
-from util.run import RUN_FLAGS, Run
+from util import (
+    cli,
+    data,
+    distributed,
+    flags,
+    image_files,
+    loading,
+    logs,
+    optim,
+    precision,
+    speed,
+    stopping,
+    training,
+    visualize,
+)
+from util.lr_sched import make_schedule
 from util.seeding import derive_seed
 
 PICTURED_IMAGES = 8
@@ -51,27 +66,43 @@ def get_args_parser():
 
 def main(args):
     with distributed.process_group(args.device) as process:
-        pretrain(args, process)
+        cli.make_output_dirs(args.output_dir, args.log_dir, process)
+        with training.lock(args.output_dir, process):
+            pretrain(args, process)
 
 
 def pretrain(args, process):
     # ---- setup
-    amp_dtype = resolve_amp(args.amp, process.device)
+    if process.device.type == "cpu":
+        speed.keep_freed_memory()
+    amp_dtype = precision.resolve_amp(args.amp, process.device)
     effective_batch = args.batch_size * args.accum_iter * process.world_size
-    schedule = make_schedule(effective_batch, **cli.pick(args, SCHEDULE_FLAGS))
-    cli.make_output_dirs(args.output_dir, args.log_dir, process)
+    schedule = make_schedule(
+        effective_batch,
+        lr=args.lr,
+        blr=args.blr,
+        min_lr=args.min_lr,
+        warmup_epochs=args.warmup_epochs,
+        epochs=args.epochs,
+    )
 
     # ---- data
     train_paths = image_files.find_images(args.data_path, "train")
     val_paths = image_files.find_images(args.data_path, "val")
-    train_transform = data.pretrain_transform(args.input_size)
-    batching = cli.pick(args, "batch_size seed num_workers pin_mem")
+    batching = dict(
+        batch_size=args.batch_size,
+        seed=args.seed,
+        num_workers=args.num_workers,
+        pin_mem=args.pin_mem,
+    )
     train_loader = loading.train_loader(
-        train_paths, train_transform, process, accum_iter=args.accum_iter, **batching
+        train_paths,
+        data.pretrain_transform(args.input_size),
+        process,
+        accum_iter=args.accum_iter,
+        **batching,
     )
     val_loader = loading.eval_loader(val_paths or train_paths, args.input_size, process, **batching)
-    spread = np.linspace(0, len(val_loader.dataset) - 1, PICTURED_IMAGES).round().astype(int)
-    picture_indices = np.unique(spread).tolist()
 
     # ---- model
     torch.manual_seed(derive_seed(args.seed, "init"))
@@ -80,59 +111,103 @@ def pretrain(args, process):
     )
     model.check_mask_ratio(args.mask_ratio)
     model.to(process.device)
-    speed.prepare(model, process.device, amp_dtype, **cli.pick(args, "compile grad_checkpointing"))
+    speed.prepare(
+        model,
+        process.device,
+        amp_dtype,
+        compile=args.compile,
+        grad_checkpointing=args.grad_checkpointing,
+    )
+    parallel_model = distributed.data_parallel(model, process)
 
     # ---- optimizer
     groups = optim.weight_decay_groups(model, args.weight_decay)
     optimizer = optim.adamw(groups, betas=(0.9, 0.95))
-    scaler = grad_scaler(process.device, amp_dtype)
+    scaler = precision.grad_scaler(process.device, amp_dtype)
 
     # ---- resume
-    run = Run(
-        "main_pretrain.py",
+    signals = stopping.StopSignals()
+    state = training.TrainingState(model, optimizer, scaler)
+    checkpoints = training.Checkpoints(
+        args.output_dir,
         process,
-        {"model": model, "optimizer": optimizer, "scaler": scaler},
-        flags=vars(args),
-        images=train_paths,
-        steps=len(train_loader),
+        signals=signals,
+        settings=training.defining_settings(
+            flags.fixed(get_args_parser(), vars(args)),
+            images=train_paths,
+            process=process,
+            amp_dtype=amp_dtype,
+        ),
+        contents={"command": "main_pretrain.py", "args": vars(args)},
+        epochs=args.epochs,
+        save_every=args.save_every,
+        save_minutes=args.save_minutes,
+    )
+    checkpoints.restore(state, args.resume)
+    log = logs.RunLog(
+        args.output_dir,
+        args.log_dir or args.output_dir,
+        process,
+        epochs=args.epochs,
         loss_tag="train_loss",
-        **cli.pick(args, RUN_FLAGS),
+        start=state.epoch + state.step / len(train_loader),
     )
     parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    size = logs.describe_training(process, effective_batch, schedule["lr"], amp_dtype)
-    run.log.line(
+    dtype = precision.dtype_name(amp_dtype)
+    size = logs.describe_training(process, effective_batch, schedule["lr"], dtype)
+    log.line(
         f"{args.model}, {parameters / 1e6:.1f} M parameters, on {len(train_paths)} images; {size}"
     )
 
     # ---- train
-    parallel_model = distributed.data_parallel(model, process)
-    with run:
-        for epoch in run.epochs_left():
+    with log, signals:
+        while state.epoch < args.epochs:
+            meter = logs.Meter(log, state, train_loader, args.log_every)
             record = train_one_epoch(
                 parallel_model,
                 train_loader,
                 optimizer,
                 scaler,
-                run=run,
-                epoch=epoch,
+                state=state,
+                meter=meter,
+                checkpoints=checkpoints,
                 schedule=schedule,
                 mask_ratio=args.mask_ratio,
                 accum_iter=args.accum_iter,
                 clip_grad=args.clip_grad,
                 amp_dtype=amp_dtype,
                 seed=args.seed,
+                rank=process.rank,
             )
-            numeric = {"mask_ratio": args.mask_ratio, "seed": args.seed, "amp_dtype": amp_dtype}
+            checkpoints.save_last(state)  # the evaluation may fail
             if val_paths:
-                held_out = evaluate(model, val_loader, **numeric)
-                run.log.scalars(epoch + 1, **held_out)
+                held_out = evaluate(
+                    model,
+                    val_loader,
+                    mask_ratio=args.mask_ratio,
+                    amp_dtype=amp_dtype,
+                    seed=args.seed,
+                )
+                log.scalars(state.epoch + 1, **held_out)
                 record |= held_out
-            if run.saves_numbered(epoch) and process.is_main:
-                pictured = [val_loader.dataset[0, index][0] for index in picture_indices]
-                imgs = data.normalize(torch.stack(pictured).to(process.device))
-                grid = visualize.draw_grid(visualize.reconstruct(model, imgs, **numeric))
-                run.log.picture(epoch + 1, "reconstruction", grid)
-            run.end_epoch(record)
+            if checkpoints.keeps(state.epoch) and process.is_main:
+                imgs = pictured_images(val_loader.dataset).to(process.device)
+                columns = visualize.reconstruct(
+                    model, imgs, args.mask_ratio, seed=args.seed, amp_dtype=amp_dtype
+                )
+                log.picture(state.epoch + 1, "reconstruction", visualize.draw_grid(columns))
+            log.epoch(record)
+            checkpoints.save_epoch(state)
+            state.begin_next_epoch()
+    checkpoints.finish()
+    log.line(f"done: {args.epochs} epochs, see {args.output_dir}")
+
+
+def pictured_images(dataset):
+    """Up to `PICTURED_IMAGES` images, evenly spread over the dataset, normalised."""
+    spread = np.linspace(0, len(dataset) - 1, PICTURED_IMAGES).round().astype(int)
+    indices = np.unique(spread).tolist()
+    return data.normalize(torch.stack([dataset[0, index][0] for index in indices]))
 
 
 if __name__ == "__main__":

@@ -9,6 +9,9 @@ the reconstruction with the visible patches pasted in.
 
 from pathlib import Path
 
+import util.threads  # noqa: F401  before torch, whose threads it sets
+
+# isort: split
 import numpy as np
 import torch
 from PIL import Image

@@ -3,17 +3,19 @@
 An encoder sees only the visible quarter of an image's patches; a small decoder predicts the
 pixels of the removed ones from the encoder's output and learned mask tokens.
 
-Shapes: N images, C channels, H x W pixels, L patches, V visible patches, D width (the encoder's
-or the decoder's), P = patch height x patch width x C values of a patch.
+Shapes: N batch, C channels, H x W pixels, L patches, V visible patches, D width (the encoder's or
+the decoder's), P = patch height x patch width x C values per patch.
 """
 
+import math
+from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from timm.layers import to_2tuple
 from timm.models.vision_transformer import Block, PatchEmbed
-from torch import nn
+from torch import Tensor, nn
 
 from util.errors import UserError
 from util.pos_embed import sincos_pos_embed_2d
@@ -37,22 +39,21 @@ class MaskedAutoencoderViT(nn.Module):
 
     def __init__(
         self,
-        img_size=224,
-        patch_size=16,
-        in_chans=3,
-        embed_dim=1024,
-        depth=24,
-        num_heads=16,
-        decoder_embed_dim=512,
-        decoder_depth=8,
-        decoder_num_heads=16,
-        mlp_ratio=4.0,
-        norm_layer=nn.LayerNorm,
-        norm_pix_loss=False,
-    ):
+        img_size: int | tuple[int, int] = 224,
+        patch_size: int | tuple[int, int] = 16,
+        in_chans: int = 3,
+        embed_dim: int = 1024,
+        depth: int = 24,
+        num_heads: int = 16,
+        decoder_embed_dim: int = 512,
+        decoder_depth: int = 8,
+        decoder_num_heads: int = 16,
+        mlp_ratio: float = 4.0,
+        norm_layer: Callable[[int], nn.Module] = nn.LayerNorm,
+        norm_pix_loss: bool = False,
+    ) -> None:
         super().__init__()
-        img_size, patch_size = to_2tuple(img_size), to_2tuple(patch_size)
-        check_patches(img_size, patch_size)
+        check_patches(to_2tuple(img_size), to_2tuple(patch_size))
         self.in_chans = in_chans
         self.norm_pix_loss = norm_pix_loss
 
@@ -74,7 +75,7 @@ class MaskedAutoencoderViT(nn.Module):
             torch.zeros(1, 1 + num_patches, decoder_embed_dim), requires_grad=False
         )
         self.decoder_blocks = nn.ModuleList(
-            DecoderBlock(
+            Block(
                 decoder_embed_dim,
                 decoder_num_heads,
                 mlp_ratio,
@@ -84,11 +85,12 @@ class MaskedAutoencoderViT(nn.Module):
             for _ in range(decoder_depth)
         )
         self.decoder_norm = norm_layer(decoder_embed_dim)
-        self.decoder_pred = nn.Linear(decoder_embed_dim, patch_size[0] * patch_size[1] * in_chans)
+        patch_values = math.prod(self.patch_embed.patch_size) * in_chans
+        self.decoder_pred = nn.Linear(decoder_embed_dim, patch_values)
 
         self.initialize_weights()
 
-    def initialize_weights(self):
+    def initialize_weights(self) -> None:
         """Sine-cosine positions, xavier-uniform linear layers, N(0, 0.02) tokens (appendix A.1)."""
         grid_size = self.patch_embed.grid_size
         for table in (self.pos_embed, self.decoder_pos_embed):
@@ -97,32 +99,26 @@ class MaskedAutoencoderViT(nn.Module):
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
                 nn.init.zeros_(module.bias)
-        # A patch projection is a linear layer on the pixels of a patch: its fans are D and P.
+        # Initialise the patch projection as a linear layer from P to D.
         nn.init.xavier_uniform_(self.patch_embed.proj.weight.data.flatten(1))
         nn.init.normal_(self.cls_token, std=0.02)
         nn.init.normal_(self.mask_token, std=0.02)
 
-    def patchify(self, imgs):
-        """Images [N, C, H, W] to patches [N, L, P]; values of a patch in (row, column, channel)."""
-        (grid_h, grid_w), (patch_h, patch_w) = (
-            self.patch_embed.grid_size,
-            self.patch_embed.patch_size,
-        )
-        x = imgs.reshape(-1, self.in_chans, grid_h, patch_h, grid_w, patch_w)
-        return x.permute(0, 2, 4, 3, 5, 1).reshape(len(imgs), grid_h * grid_w, -1)
+    def patchify(self, imgs: Tensor) -> Tensor:
+        """Images [N, C, H, W] to patches [N, L, P], a patch's values in (row, column, channel)."""
+        (rows, columns), (height, width) = self.patch_embed.grid_size, self.patch_embed.patch_size
+        x = imgs.reshape(-1, self.in_chans, rows, height, columns, width)
+        return x.permute(0, 2, 4, 3, 5, 1).reshape(len(imgs), rows * columns, -1)
 
-    def unpatchify(self, x):
+    def unpatchify(self, x: Tensor) -> Tensor:
         """Patches [N, L, P] to images [N, C, H, W]; the inverse of `patchify`."""
-        (grid_h, grid_w), (patch_h, patch_w) = (
-            self.patch_embed.grid_size,
-            self.patch_embed.patch_size,
-        )
-        imgs = x.reshape(-1, grid_h, grid_w, patch_h, patch_w, self.in_chans)
-        return imgs.permute(0, 5, 1, 3, 2, 4).reshape(
-            len(x), self.in_chans, grid_h * patch_h, grid_w * patch_w
+        (rows, columns), (height, width) = self.patch_embed.grid_size, self.patch_embed.patch_size
+        x = x.reshape(-1, rows, columns, height, width, self.in_chans)
+        return x.permute(0, 5, 1, 3, 2, 4).reshape(
+            len(x), self.in_chans, rows * height, columns * width
         )
 
-    def check_mask_ratio(self, mask_ratio):
+    def check_mask_ratio(self, mask_ratio: float) -> None:
         """Refuse, with a UserError, a ratio that keeps no patch or removes none."""
         L = self.patch_embed.num_patches
         visible = int(L * (1 - mask_ratio))
@@ -130,116 +126,77 @@ class MaskedAutoencoderViT(nn.Module):
             outcome = "keeps none" if visible < 1 else "removes none"
             raise UserError(f"mask_ratio {mask_ratio} {outcome} of the {L} patches")
 
-    def random_masking(self, x, mask_ratio, noise=None):
-        """Keep a random subset of every sample's patches: those of the smallest noise.
+    def random_masking(
+        self, x: Tensor, mask_ratio: float, noise: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Keep a random subset of each sample's patches: those with the smallest noise.
 
         Args:
-            x: patches [N, L, D].
-            mask_ratio: the share to remove.
-            noise: [N, L], decides the mask alone; drawn uniformly when not given.
+            x: patch tokens [N, L, D].
+            mask_ratio: share of the patches to remove.
+            noise: [N, L]; if given, it fully determines the mask. Otherwise drawn uniformly.
 
         Returns:
-            the visible patches [N, V, D], in shuffled order; mask [N, L] float, 0 kept and
-            1 removed; ids_restore [N, L], the place of every patch in the shuffled order.
+            the visible tokens [N, V, D] in shuffled order; mask [N, L], 0 kept and 1 removed;
+            ids_restore [N, L], each patch's place in the shuffled order.
         """
-        N, L, _ = x.shape
+        N, L, D = x.shape
         if noise is None:
             noise = torch.rand(N, L, device=x.device)
-        ids_shuffle = torch.argsort(noise, dim=1, stable=True)  # stable: ties on every device alike
+        # A stable sort, so that ties break alike on all devices.
+        ids_shuffle = torch.argsort(noise, dim=1, stable=True)  # [N, L]
+        ids_restore = torch.argsort(ids_shuffle, dim=1)  # [N, L]
         ids_keep = ids_shuffle[:, : int(L * (1 - mask_ratio))]  # [N, V]
-        mask = torch.ones(N, L, device=x.device).scatter(1, ids_keep, 0.0)
-        return take(x, ids_keep), mask, inverse(ids_shuffle)
+        x = x.gather(1, ids_keep[:, :, None].expand(-1, -1, D))  # [N, V, D]
+        mask = torch.ones(N, L, device=noise.device).scatter(1, ids_keep, 0.0)
+        return x, mask, ids_restore
 
-    def forward_encoder(self, imgs, mask_ratio, noise=None):
-        """Images [N, C, H, W] to latent [N, 1 + V, D] (class token first), mask and ids_restore."""
-        x, mask, ids_restore = self.random_masking(self.patchify(imgs), mask_ratio, noise)
-        ids_keep = inverse(ids_restore)[:, : x.shape[1]]
-        x = self.embed_patches(x)  # [N, V, D]
-        x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], dim=1)  # [N, 1 + V, D]
-        x = x + positions(self.pos_embed, ids_keep)
+    def forward_encoder(
+        self, imgs: Tensor, mask_ratio: float, noise: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Images [N, C, H, W] to latent [N, 1 + V, D] (class token first), mask, ids_restore."""
+        x = self.patch_embed(imgs) + self.pos_embed[:, 1:]  # [N, L, D]
+        x, mask, ids_restore = self.random_masking(x, mask_ratio, noise)  # [N, V, D]
+        cls_token = self.cls_token + self.pos_embed[:, :1]
+        x = torch.cat([cls_token.expand(len(x), -1, -1), x], dim=1)  # [N, 1 + V, D]
         for block in self.blocks:
             x = block(x)
         return self.norm(x), mask, ids_restore
 
-    def embed_patches(self, x):
-        """Patches [N, V, P] to their projections [N, V, D], as `patch_embed` projects an image."""
-        weight = self.patch_embed.proj.weight.permute(0, 2, 3, 1)  # [D, row, column, channel]
-        return F.linear(x, weight.flatten(1), self.patch_embed.proj.bias)
-
-    def forward_decoder(self, latent, ids_restore, removed_only=False):
-        """Latent [N, 1 + V, D] to the predicted values of every patch [N, L, P].
-
-        With `removed_only`, to those of the removed patches in shuffled order [N, L - V, P].
-        """
-        x = self.decoder_embed(latent)
-        removed = 1 + ids_restore.shape[1] - x.shape[1]
-        # Blocks know the order by the positions alone: tokens stay shuffled, removed ones last.
-        x = torch.cat([x, self.mask_token.expand(len(x), removed, -1)], dim=1)  # [N, 1 + L, D]
-        x = x + positions(self.decoder_pos_embed, inverse(ids_restore))
-        *blocks, last_block = self.decoder_blocks
-        for block in blocks:
+    def forward_decoder(self, latent: Tensor, ids_restore: Tensor) -> Tensor:
+        """Latent [N, 1 + V, D] to the predicted values of every patch [N, L, P]."""
+        x = self.decoder_embed(latent)  # [N, 1 + V, D of the decoder]
+        N, L = ids_restore.shape
+        mask_tokens = self.mask_token.expand(N, 1 + L - x.shape[1], -1)
+        shuffled = torch.cat([x[:, 1:], mask_tokens], dim=1)  # [N, L, D]
+        patches = shuffled.gather(1, ids_restore[:, :, None].expand(-1, -1, x.shape[2]))
+        x = torch.cat([x[:, :1], patches], dim=1) + self.decoder_pos_embed  # [N, 1 + L, D]
+        for block in self.decoder_blocks:
             x = block(x)
-        x = last_block(x, outputs=removed if removed_only else x.shape[1])
-        x = self.decoder_pred(self.decoder_norm(x))
-        return x if removed_only else take(x[:, 1:], ids_restore)  # without the class token's
+        x = self.decoder_pred(self.decoder_norm(x))  # [N, 1 + L, P]
+        return x[:, 1:]  # drop the class token's prediction
 
-    def forward_loss(self, imgs, pred, mask):
-        """Mean squared error of a patch's values, averaged over the removed patches; float32."""
-        loss = self.patch_loss(self.patchify(imgs), pred)
-        return (loss * mask).sum() / mask.sum()
-
-    def patch_loss(self, patches, pred):
-        """Mean squared error [N, L] of the predicted values [N, L, P] of patches; float32."""
-        with torch.autocast(patches.device.type, enabled=False):
-            target = patches.float()
+    def forward_loss(self, imgs: Tensor, pred: Tensor, mask: Tensor) -> Tensor:
+        """Squared error, averaged over a patch's values and over the removed patches; float32."""
+        with torch.autocast(imgs.device.type, enabled=False):
+            target = self.patchify(imgs.float())  # [N, L, P]
             if self.norm_pix_loss:
                 var, mean = torch.var_mean(target, dim=-1, keepdim=True)
                 target = (target - mean) / (var + 1e-6).sqrt()
-            return (pred.float() - target).square().mean(dim=-1)
+            loss = (pred.float() - target).square().mean(dim=-1)  # [N, L]
+            return (loss * mask).sum() / mask.sum()
 
-    def forward(self, imgs, mask_ratio=0.75, noise=None, return_pred=True):
-        """Loss (scalar), pred [N, L, P] and mask [N, L] of images [N, C, H, W].
-
-        Without `return_pred` pred is None, and what the loss doesn't look at is not computed.
-        """
+    def forward(
+        self, imgs: Tensor, mask_ratio: float = 0.75, noise: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Loss (scalar), pred [N, L, P] and mask [N, L] of images [N, C, H, W]."""
         latent, mask, ids_restore = self.forward_encoder(imgs, mask_ratio, noise)
-        if return_pred:
-            pred = self.forward_decoder(latent, ids_restore)
-            return self.forward_loss(imgs, pred, mask), pred, mask
-        pred = self.forward_decoder(latent, ids_restore, removed_only=True)
-        ids_removed = inverse(ids_restore)[:, -pred.shape[1] :]
-        return self.patch_loss(take(self.patchify(imgs), ids_removed), pred).mean(), None, mask
+        pred = self.forward_decoder(latent, ids_restore)
+        return self.forward_loss(imgs, pred, mask), pred, mask
 
 
-class DecoderBlock(Block):
-    """A transformer block that can be asked for the outputs of its last tokens alone."""
-
-    def forward(self, x, outputs=None):
-        """Tokens [N, T, D] to tokens [N, outputs, D], of all T if `outputs` is not given."""
-        x = x + self.attn(self.norm1(x))
-        if outputs is not None:
-            x = x[:, -outputs:]
-        return x + self.mlp(self.norm2(x))
-
-
-def take(x, ids):
-    """Of x [N, L, D] the entries at ids [N, K], as [N, K, D]."""
-    return x.gather(1, ids[:, :, None].expand(-1, -1, x.shape[2]))
-
-
-def inverse(permutations):
-    """The inverse of every row of permutations [N, L]."""
-    places = torch.arange(permutations.shape[1], device=permutations.device)
-    return torch.empty_like(permutations).scatter_(1, permutations, places.expand_as(permutations))
-
-
-def positions(table, ids):
-    """Of a table [1, 1 + L, D] the class token's row, then those of ids [N, K]: [N, 1 + K, D]."""
-    return table[0, F.pad(ids + 1, (1, 0))]
-
-
-def check_patches(img_size, patch_size):
-    """Refuse, with a UserError, patches that don't divide the image, each (height, width)."""
+def check_patches(img_size: tuple[int, int], patch_size: tuple[int, int]) -> None:
+    """Refuse, with a UserError, patches that don't divide the image; sizes are (height, width)."""
     if any(i < p or i % p for i, p in zip(img_size, patch_size, strict=True)):
         raise UserError(
             f"input_size {img_size[0]} x {img_size[1]} (height x width) is not divisible by "
@@ -247,19 +204,26 @@ def check_patches(img_size, patch_size):
         )
 
 
-def factory(patch_size, encoder, decoder):
-    """A model factory from (width, blocks, heads) of the encoder and of the decoder."""
-    sizes = dict(zip(("embed_dim", "depth", "num_heads"), encoder, strict=True))
-    sizes |= {f"decoder_{k}": v for k, v in zip(sizes, decoder, strict=True)}
+def factory(
+    patch_size: int, encoder: tuple[int, int, int], decoder: tuple[int, int, int]
+) -> Callable[..., MaskedAutoencoderViT]:
+    """A model factory; encoder and decoder are (width, blocks, heads)."""
+    embed_dim, depth, num_heads = encoder
+    decoder_embed_dim, decoder_depth, decoder_num_heads = decoder
     return partial(
         MaskedAutoencoderViT,
         patch_size=patch_size,
+        embed_dim=embed_dim,
+        depth=depth,
+        num_heads=num_heads,
+        decoder_embed_dim=decoder_embed_dim,
+        decoder_depth=decoder_depth,
+        decoder_num_heads=decoder_num_heads,
         norm_layer=partial(nn.LayerNorm, eps=1e-6),
-        **sizes,
     )
 
 
-_PAPER_DECODER = (512, 8, 16)
+PAPER_DECODER = (512, 8, 16)
 MODELS = {
     "mae_vit_nano_patch4": factory(4, (128, 6, 4), (96, 2, 4)),
     "mae_vit_tiny_patch2": factory(2, (192, 12, 3), (192, 4, 3)),
@@ -267,9 +231,9 @@ MODELS = {
     "mae_vit_tiny_patch16": factory(16, (192, 12, 3), (192, 4, 3)),
     "mae_vit_small_patch4": factory(4, (384, 12, 6), (256, 4, 8)),
     "mae_vit_small_patch16": factory(16, (384, 12, 6), (256, 4, 8)),
-    "mae_vit_base_patch16": factory(16, (768, 12, 12), _PAPER_DECODER),
-    "mae_vit_large_patch16": factory(16, (1024, 24, 16), _PAPER_DECODER),
-    "mae_vit_huge_patch14": factory(14, (1280, 32, 16), _PAPER_DECODER),
+    "mae_vit_base_patch16": factory(16, (768, 12, 12), PAPER_DECODER),
+    "mae_vit_large_patch16": factory(16, (1024, 24, 16), PAPER_DECODER),
+    "mae_vit_huge_patch14": factory(14, (1280, 32, 16), PAPER_DECODER),
 }
 MODELS |= {
     f"{name}_dec512d8b": MODELS[name]
@@ -277,7 +241,7 @@ MODELS |= {
 }
 
 
-def build_model(name, **config):
+def build_model(name: str, **config: Any) -> MaskedAutoencoderViT:
     """The named model.
 
     Args:

@@ -1,10 +1,12 @@
-"""Vision transformer classifiers, as they are fine-tuned and probed (paper, sections 4.1, 4.3).
+"""Vision transformer classifiers for fine-tuning and probing (paper, sections 4.1 and 4.3).
 
 timm's VisionTransformer computes the published classifier, under the published state-dict keys;
-this file names its sizes. Its encoder takes the weights of a masked autoencoder of the same size.
+this file names its sizes. Its encoder takes the weights of a masked autoencoder of equal size.
 """
 
+from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 from timm.layers import to_2tuple
 from timm.models.vision_transformer import VisionTransformer
@@ -14,12 +16,12 @@ from models_mae import check_patches
 from util.errors import UserError
 
 
-def vision_transformer(global_pool=True, **config):
+def vision_transformer(global_pool: bool = True, **config: Any) -> VisionTransformer:
     """A classifier [N, 3, H, W] -> logits [N, num_classes].
 
     Args:
-        global_pool: classify the mean of the patch tokens, normalised by `fc_norm`; else the class
-            token of the normalised output.
+        global_pool: classify the mean of the patch tokens, normalised by `fc_norm`; otherwise the
+            class token of the normalised output.
         config: keywords of timm's VisionTransformer: img_size and patch_size (pixels, an int or
             (height, width)), embed_dim, depth, num_heads, num_classes, drop_path_rate, ...
 
@@ -34,8 +36,10 @@ def vision_transformer(global_pool=True, **config):
     )
 
 
-def factory(patch_size, width, depth, num_heads):
-    """A model factory, for images of 224 pixels if it is called without img_size."""
+def factory(
+    patch_size: int, width: int, depth: int, num_heads: int
+) -> Callable[..., VisionTransformer]:
+    """A model factory; without img_size, its models take images of 224 pixels."""
     return partial(
         vision_transformer,
         img_size=224,
@@ -59,18 +63,22 @@ MODELS = {
 }
 
 
-def build_model(name, **config):
-    """The named classifier; `config` as of `vision_transformer`. A UserError for unknown names."""
+def build_model(name: str, **config: Any) -> VisionTransformer:
+    """The named classifier; takes `vision_transformer`'s keywords.
+
+    Raises:
+        UserError: an unknown name, or a configuration that the model refuses.
+    """
     if name not in MODELS:
         raise UserError(f"unknown model {name!r}: choose one of {', '.join(MODELS)}")
     return MODELS[name](**config)
 
 
-def add_probe_head(model):
-    """Freeze a classifier and give it the head of the linear probe (paper, appendix A.1).
+def add_probe_head(model: VisionTransformer) -> None:
+    """Freeze a classifier and give it the linear probe's head (paper, appendix A.1).
 
-    The head is a linear layer of small weights on features that a BatchNorm without affine
-    transformation brings to one scale. It alone requires gradients.
+    The head is a linear layer with small weights on features that a BatchNorm without affine
+    transformation brings to one scale. Only the head requires gradients.
     """
     model.requires_grad_(False)
     linear = nn.Linear(model.head.in_features, model.head.out_features)

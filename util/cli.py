@@ -1,22 +1,26 @@
-"""Command lines: parsing, types of arguments, and errors of the user in one line."""
+"""Command lines: the parser, types of arguments, and the user's errors in one line."""
 
 import argparse
+import contextlib
 import math
 import os
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any, NoReturn
 
+from util.distributed import Process
 from util.errors import UserError
 
 
 class ArgumentParser(argparse.ArgumentParser):
-    """A parser that shows every default in --help and tells errors in one line."""
+    """A parser that shows every default in --help and reports errors in one line."""
 
-    def __init__(self, **kwargs):
+    def __init__(self, **kwargs: Any) -> None:
         super().__init__(formatter_class=_HelpFormatter, allow_abbrev=False, **kwargs)
 
-    def error(self, message):
+    def error(self, message: str) -> NoReturn:
         print(f"error: {message} (see {self.prog} --help)", file=sys.stderr)
         sys.exit(2)
 
@@ -25,8 +29,8 @@ class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescrip
     """Defaults behind every flag, the description as it is written."""
 
 
-def run(main, parser):
-    """Run a command; an error of the user becomes one line on stderr and exit code 2."""
+def run(main: Callable[[argparse.Namespace], None], parser: argparse.ArgumentParser) -> None:
+    """Run a command; a user's error becomes one line on stderr and exit code 2."""
     try:
         main(parser.parse_args())
     except UserError as error:
@@ -35,12 +39,7 @@ def run(main, parser):
         sys.exit(2)
 
 
-def pick(args, names):
-    """The flags of these names (one string, with blanks between them) as keywords for a call."""
-    return {name: getattr(args, name) for name in names.split()}
-
-
-def make_output_dirs(output_dir, log_dir, process):
+def make_output_dirs(output_dir: str, log_dir: str | None, process: Process) -> None:
     """Make a run's folders, which must be writable, in the main process."""
     if process.is_main:
         make_writable(output_dir, "--output_dir")
@@ -48,7 +47,7 @@ def make_output_dirs(output_dir, log_dir, process):
             make_writable(log_dir, "--log_dir")
 
 
-def make_writable(folder, flag):
+def make_writable(folder: str | Path, flag: str) -> None:
     """Make the folder that `flag` names, if it is missing, and try to write to it.
 
     Raises:
@@ -63,14 +62,13 @@ def make_writable(folder, flag):
         raise UserError(f"{flag} {folder} can't be written: {error.strerror}") from error
 
 
-def integer(minimum):
+def integer(minimum: int) -> Callable[[str], int]:
     """An argument type: an integer of at least `minimum`."""
 
-    def parse(text):
-        try:
+    def parse(text: str) -> int:
+        value = None
+        with contextlib.suppress(ValueError):
             value = int(text)
-        except ValueError:
-            value = None
         if value is None or value < minimum:
             raise argparse.ArgumentTypeError(f"{text} is not an integer of at least {minimum}")
         return value
@@ -78,10 +76,12 @@ def integer(minimum):
     return parse
 
 
-def number(minimum=0.0, maximum=math.inf, *, above=False, below=False):
+def number(
+    minimum: float = 0.0, maximum: float = math.inf, *, above: bool = False, below: bool = False
+) -> Callable[[str], float]:
     """An argument type: a finite number from `minimum` to `maximum`, or `above` and `below`."""
 
-    def parse(text):
+    def parse(text: str) -> float:
         try:
             value = float(text)
         except ValueError:
@@ -98,8 +98,8 @@ def number(minimum=0.0, maximum=math.inf, *, above=False, below=False):
     return parse
 
 
-def path(text):
-    """An argument type: a path that is not empty, as an unset shell variable would be."""
+def path(text: str) -> str:
+    """An argument type: a non-empty path; an unset shell variable would give an empty one."""
     if not text:
         raise argparse.ArgumentTypeError("is empty: give a path")
     return text

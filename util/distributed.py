@@ -1,14 +1,18 @@
-"""Processes started by torchrun: who this one is, and what all of them agree on.
+"""Processes started by torchrun: which one this is, and what all of them agree on.
 
 A plain `python main_*.py` is the case of one process; no process group is made for it.
 """
 
 import contextlib
 import os
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from util.errors import UserError
@@ -23,26 +27,25 @@ class Process:
     device: torch.device
 
     @property
-    def is_main(self):
+    def is_main(self) -> bool:
         return self.rank == 0
 
 
-def select_device(name, local_rank=0):
-    """The device of a process.
+def select_device(name: str, local_rank: int = 0) -> torch.device:
+    """A process's device.
 
     Args:
         name: auto (CUDA where there is some, else the CPU), cpu, cuda or cuda:INDEX.
-        local_rank: the process's number on this machine, and its device's unless INDEX says.
+        local_rank: the process's number on this machine, and its device's without an INDEX.
 
     Raises:
         UserError: there is no such device.
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
+    device = None
+    with contextlib.suppress(RuntimeError):
         device = torch.device(name)
-    except RuntimeError:
-        device = None
     if device is None or device.type not in ("cpu", "cuda"):
         raise UserError(f"--device {name} is not one of auto, cpu, cuda or cuda:INDEX")
     if device.type == "cpu":
@@ -62,8 +65,8 @@ def select_device(name, local_rank=0):
 
 
 @contextlib.contextmanager
-def process_group(device):
-    """Join the group of processes that torchrun started, for the time of the context.
+def process_group(device: str) -> Iterator[Process]:
+    """Join the group of processes that torchrun started, within this context.
 
     Args:
         device: `--device`: auto, cpu, cuda or cuda:INDEX.
@@ -98,7 +101,7 @@ def process_group(device):
             dist.destroy_process_group()
 
 
-def data_parallel(model, process):
+def data_parallel(model: nn.Module, process: Process) -> nn.Module:
     """The model wrapped so that backward averages gradients over the processes."""
     if process.world_size == 1:
         return model
@@ -106,56 +109,56 @@ def data_parallel(model, process):
     return DistributedDataParallel(model, device_ids=device_ids, gradient_as_bucket_view=True)
 
 
-def unwrap(model):
+def unwrap(model: nn.Module) -> nn.Module:
     """The model inside `data_parallel`."""
     return model.module if isinstance(model, DistributedDataParallel) else model
 
 
-def sync_gradients(model, when):
+def sync_gradients(model: nn.Module, when: bool) -> AbstractContextManager[None]:
     """Context of a forward and backward: average gradients over the processes only if `when`."""
     if when or not isinstance(model, DistributedDataParallel):
         return contextlib.nullcontext()
     return model.no_sync()
 
 
-def share_buffers(model):
+def share_buffers(model: nn.Module) -> None:
     """Give every process the buffers of rank 0, such as BatchNorm's running statistics."""
     if dist.is_initialized():
         for buffer in model.buffers():
             dist.broadcast(buffer, 0)
 
 
-def gather(value):
+def gather(value: Any) -> list[Any]:
     """Every process's `value` (any object that pickles), as a list in rank order."""
     if not dist.is_initialized():
         return [value]
-    values = [None] * dist.get_world_size()
+    values: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(values, value)
     return values
 
 
 class Agreement:
-    """The largest of all processes' wishes, known to all of them one step later.
+    """Maximum of an integer over all processes, one step late.
 
-    An all-reduce on the CPU runs beside the step, so that following a wish costs no step a wait.
+    The all-reduce runs on the CPU beside the step, so that no step waits for it.
     """
 
-    def __init__(self):
+    def __init__(self) -> None:
         self._group = dist.new_group(backend="gloo") if dist.is_initialized() else None
-        self._pending = None
+        self._pending: tuple[torch.Tensor, Any] | None = None
 
-    def __call__(self, wish):
-        """Tell this step's wish (an int >= 0); returns the previous step's largest."""
+    def __call__(self, value: int) -> int:
+        """Give this step's value (>= 0); returns the maximum of the previous step's."""
         if self._group is None:
-            return wish
+            return value
         agreed = self.settle()
-        tensor = torch.tensor(wish)
+        tensor = torch.tensor(value)
         op = dist.ReduceOp.MAX
         self._pending = tensor, dist.all_reduce(tensor, op, group=self._group, async_op=True)
         return agreed
 
-    def settle(self):
-        """Wait for the wish under way; returns the largest, 0 where there is none."""
+    def settle(self) -> int:
+        """Wait for the maximum under way and return it; 0 where there is none."""
         if self._pending is None:
             return 0
         tensor, work = self._pending

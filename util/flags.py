@@ -1,16 +1,38 @@
-"""The flags that commands share, in groups; every command sets its own defaults."""
+"""The flags that commands share, in groups; every command sets its own defaults.
+
+A flag in `may_change(...)` says where and how a training runs, not what it computes: a resumed
+training may change it. All other flags define the training.
+"""
 
 import argparse
 import os
+from typing import Any
 
 from util.cli import integer, number, path
 from util.errors import warn
 
 
+def may_change(flag: argparse.Action) -> None:
+    """Let a resumed training change this flag."""
+    flag.may_change = True  # type: ignore[attr-defined]
+
+
+def fixed(parser: argparse.ArgumentParser, flags: dict[str, Any]) -> dict[str, Any]:
+    """The flags that define a training, those outside of `may_change`, with their values."""
+    free = {action.dest for action in parser._actions if getattr(action, "may_change", False)}
+    return {name: value for name, value in flags.items() if name not in free}
+
+
 class HeightWidth(argparse.Action):
     """Stores one number as it is, and two different ones as (height, width)."""
 
-    def __call__(self, parser, namespace, values, option_string=None):
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: Any,
+        option_string: str | None = None,
+    ) -> None:
         if len(values) > 2:
             raise argparse.ArgumentError(self, "takes one number, or height and width")
         setattr(namespace, self.dest, values[0] if len(set(values)) == 1 else tuple(values))
@@ -19,11 +41,11 @@ class HeightWidth(argparse.Action):
 class DistEval(argparse.Action):
     """Says that the flag is not needed."""
 
-    def __call__(self, *_):
+    def __call__(self, *_: Any) -> None:
         warn("--dist_eval is not needed: evaluation is always shared by all processes")
 
 
-def add_model_flags(parser):
+def add_model_flags(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
     """--model and --input_size, in a group to which the command adds its own."""
     group = parser.add_argument_group("Model")
     group.add_argument("--model", metavar="NAME", help="name of the model")
@@ -31,7 +53,7 @@ def add_model_flags(parser):
     return group
 
 
-def add_input_size_flag(parser, default):
+def add_input_size_flag(parser: argparse._ActionsContainer, default: int | None) -> None:
     parser.add_argument(
         "--input_size",
         type=integer(1),
@@ -43,7 +65,7 @@ def add_input_size_flag(parser, default):
     )
 
 
-def add_classifier_flags(parser):
+def add_classifier_flags(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
     """The flags of `add_model_flags` and those of a classifier."""
     group = add_model_flags(parser)
     group.add_argument("--nb_classes", type=integer(1), default=1000, help="number of classes")
@@ -58,64 +80,76 @@ def add_classifier_flags(parser):
     return group
 
 
-def add_eval_flags(parser):
-    """What evaluates a checkpoint instead of training."""
+def add_eval_flags(parser: argparse.ArgumentParser) -> None:
+    """Evaluating a checkpoint instead of training."""
     group = parser.add_argument_group("Evaluation")
-    group.add_argument(
-        "--eval",
-        action="store_true",
-        help="evaluate the classifier in the file of --resume, don't train",
+    may_change(
+        group.add_argument(
+            "--eval",
+            action="store_true",
+            help="evaluate the classifier in the file of --resume, don't train",
+        )
     )
-    group.add_argument(
-        "--dist_eval",
-        action=DistEval,
-        nargs=0,
-        default=False,
-        help="accepted and needless: all processes share the evaluation, each image counts once",
-    )
-
-
-def add_device_flag(parser):
-    parser.add_argument(
-        "--device", default="auto", help="auto (CUDA if there is some), cuda or cpu"
+    may_change(
+        group.add_argument(
+            "--dist_eval",
+            action=DistEval,
+            nargs=0,
+            default=False,
+            help="accepted, not needed: all processes share the evaluation, each image counts once",
+        )
     )
 
 
-def add_data_flags(parser):
+def add_device_flag(parser: argparse._ActionsContainer) -> None:
+    may_change(
+        parser.add_argument(
+            "--device", default="auto", help="auto (CUDA if there is some), cuda or cpu"
+        )
+    )
+
+
+def add_data_flags(parser: argparse.ArgumentParser) -> None:
     """Where images come from and how they are loaded."""
     group = parser.add_argument_group("Data")
-    group.add_argument(
-        "--data_path", type=path, metavar="DIR", required=True, help="folder of the images"
+    may_change(
+        group.add_argument(
+            "--data_path", type=path, metavar="DIR", required=True, help="folder of the images"
+        )
     )
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    group.add_argument(
-        "--num_workers",
-        type=integer(0),
-        default=min(10, cores),
-        help="processes that load images; results don't depend on it",
+    may_change(
+        group.add_argument(
+            "--num_workers",
+            type=integer(0),
+            default=min(10, cores or 1),
+            help="processes that load images; results don't depend on it",
+        )
     )
-    group.add_argument(
-        "--pin_mem", action="store_true", default=True, help="page-locked batches, for CUDA"
+    may_change(
+        group.add_argument(
+            "--pin_mem", action="store_true", default=True, help="page-locked batches, for CUDA"
+        )
     )
     group.add_argument("--no_pin_mem", action="store_false", dest="pin_mem")
 
 
-def add_optimization_flags(parser):
+def add_optimization_flags(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
     """Batch size, length and learning rate of a training."""
     group = parser.add_argument_group("Optimization")
-    group.add_argument("--batch_size", type=integer(1), help="images of a process and step")
+    group.add_argument("--batch_size", type=integer(1), help="images per process and step")
     group.add_argument("--epochs", type=integer(1), help="length of the training")
     group.add_argument(
         "--accum_iter",
         type=integer(1),
         default=1,
-        help="steps whose gradients are averaged; the effective batch is "
+        help="steps per update, whose gradients are averaged; the effective batch is "
         "batch_size x accum_iter x processes",
     )
     group.add_argument(
         "--lr", type=number(), help="learning rate; if not given, blr x effective batch / 256"
     )
-    group.add_argument("--blr", type=number(), help="base learning rate, of 256 images")
+    group.add_argument("--blr", type=number(), help="base learning rate, for 256 images")
     group.add_argument("--min_lr", type=number(), help="learning rate at the end of the cosine")
     group.add_argument(
         "--warmup_epochs", type=number(), help="epochs in which the learning rate rises from 0"
@@ -131,7 +165,7 @@ def add_optimization_flags(parser):
     return group
 
 
-def add_augmentation_flags(parser):
+def add_augmentation_flags(parser: argparse.ArgumentParser) -> None:
     """Augmentation and regularisation of images and labels, by timm."""
     group = parser.add_argument_group("Augmentation")
     group.add_argument(
@@ -143,89 +177,121 @@ def add_augmentation_flags(parser):
         metavar="POLICY",
         help="timm's name of an augmentation policy, or none",
     )
-    group.add_argument("--smoothing", type=number(0, 1, below=True), default=0.1, help="of labels")
     group.add_argument(
-        "--reprob", type=number(0, 1), default=0.25, help="probability to erase from an image"
+        "--smoothing", type=number(0, 1, below=True), default=0.1, help="label smoothing"
     )
     group.add_argument(
-        "--remode", choices=["pixel", "rand", "const"], default="pixel", help="what is painted"
+        "--reprob", type=number(0, 1), default=0.25, help="probability of random erasing"
+    )
+    group.add_argument(
+        "--remode",
+        choices=["pixel", "rand", "const"],
+        default="pixel",
+        help="fill of erased rectangles",
     )
     group.add_argument(
         "--recount", type=integer(1), default=1, help="most rectangles erased from an image"
     )
-    group.add_argument("--mixup", type=number(), default=0.0, help="alpha of mixup, 0 for none")
-    group.add_argument("--cutmix", type=number(), default=0.0, help="alpha of cutmix, 0 for none")
+    group.add_argument("--mixup", type=number(), default=0.0, help="mixup's alpha, 0 for none")
+    group.add_argument("--cutmix", type=number(), default=0.0, help="cutmix's alpha, 0 for none")
     group.add_argument(
         "--cutmix_minmax",
         type=number(0, 1),
         nargs=2,
         metavar=("MIN", "MAX"),
-        help="sides of what cutmix pastes, as shares of the image's, instead of --cutmix",
+        help="sides of cutmix's rectangles as shares of the image's, instead of --cutmix",
     )
     group.add_argument(
         "--mixup_prob", type=number(0, 1), default=1.0, help="probability of mixup or cutmix"
     )
     group.add_argument(
-        "--mixup_switch_prob", type=number(0, 1), default=0.5, help="of cutmix where both are on"
+        "--mixup_switch_prob",
+        type=number(0, 1),
+        default=0.5,
+        help="probability of cutmix instead of mixup where both are on",
     )
     group.add_argument(
         "--mixup_mode",
         choices=["batch", "pair", "elem"],
         default="batch",
-        help="what one draw of mixup or cutmix is for",
+        help="draw mixup or cutmix per batch, pair or image",
     )
 
 
-def add_runtime_flags(parser):
+def add_runtime_flags(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
     """Outputs, device, precision, resuming."""
     group = parser.add_argument_group("Runtime")
-    group.add_argument(
-        "--output_dir",
-        type=path,
-        default="./output_dir",
-        metavar="DIR",
-        help="checkpoints and log.txt",
+    may_change(
+        group.add_argument(
+            "--output_dir",
+            type=path,
+            default="./output_dir",
+            metavar="DIR",
+            help="folder of checkpoints and log.txt",
+        )
     )
-    group.add_argument(
-        "--log_dir", metavar="DIR", help="TensorBoard events; if not given, output_dir"
+    may_change(
+        group.add_argument(
+            "--log_dir",
+            metavar="DIR",
+            help="folder of TensorBoard events, output_dir by default",
+        )
     )
     add_device_flag(group)
-    group.add_argument("--seed", type=integer(0), default=0, help="of everything random")
-    group.add_argument(
-        "--resume",
-        default="auto",
-        metavar="{auto,none,PATH}",
-        help="continue the newest whole checkpoint of output_dir, none, or this one",
+    group.add_argument("--seed", type=integer(0), default=0, help="random seed")
+    may_change(
+        group.add_argument(
+            "--resume",
+            default="auto",
+            metavar="{auto,none,PATH}",
+            help="auto continues from output_dir's newest whole checkpoint, PATH from this file, "
+            "none starts anew",
+        )
     )
-    group.add_argument(
-        "--amp",
-        choices=["auto", "bf16", "fp16", "off"],
-        default="auto",
-        help="mixed precision; auto is bf16 or else fp16 on CUDA, and off (float32) on a CPU",
+    # The type that it chooses on a device does define a training.
+    may_change(
+        group.add_argument(
+            "--amp",
+            choices=["auto", "bf16", "fp16", "off"],
+            default="auto",
+            help="mixed precision; auto is bf16 where the device computes it natively (CUDA from "
+            "Ampere on, CPUs with AVX512-BF16 or AMX), else fp16 on CUDA and float32 on a CPU; "
+            "off is float32",
+        )
     )
-    group.add_argument("--compile", action="store_true", help="compile the transformer blocks")
+    may_change(
+        group.add_argument("--compile", action="store_true", help="compile the transformer blocks")
+    )
     group.add_argument("--no_compile", action="store_false", dest="compile")
-    group.add_argument(
-        "--save_every",
-        type=integer(1),
-        default=20,
-        help="epochs between the numbered checkpoints; the last one is renewed every epoch",
+    may_change(
+        group.add_argument(
+            "--save_every",
+            type=integer(1),
+            default=20,
+            help="epochs between numbered checkpoints; checkpoint-last.pth is renewed every epoch",
+        )
     )
-    group.add_argument(
-        "--save_minutes",
-        type=number(),
-        default=5,
-        help="minutes after which the last checkpoint is renewed within an epoch",
+    may_change(
+        group.add_argument(
+            "--save_minutes",
+            type=number(),
+            default=5,
+            help="minutes after which checkpoint-last.pth is renewed within an epoch",
+        )
     )
-    group.add_argument(
-        "--log_every", type=integer(1), default=20, help="steps between two console lines"
+    may_change(
+        group.add_argument(
+            "--log_every", type=integer(1), default=20, help="steps between console lines"
+        )
     )
     return group
 
 
-def add_grad_checkpointing_flag(parser):
-    parser.add_argument(
-        "--grad_checkpointing",
-        action="store_true",
-        help="compute every block twice instead of keeping what is in it: less memory, slower",
+def add_grad_checkpointing_flag(parser: argparse._ActionsContainer) -> None:
+    may_change(
+        parser.add_argument(
+            "--grad_checkpointing",
+            action="store_true",
+            help="recompute activations in the backward pass: less memory, slower",
+        )
     )

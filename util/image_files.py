@@ -4,11 +4,13 @@ import io
 import os
 import warnings
 import zlib
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image
+from torch import Tensor
 from torchvision.io import ImageReadMode, decode_image
 
 from util.errors import UserError, warn
@@ -17,13 +19,13 @@ IMAGE_SUFFIXES = ".jpg .jpeg .jpe .jfif .png .webp .gif .bmp .tif .tiff .ppm .pg
 
 
 class UnreadableImage(Exception):
-    """A file that no decoder reads."""
+    """A file that no decoder can read."""
 
 
-def read_image(path):
+def read_image(path: str) -> Tensor:
     """Decode an image file to a uint8 tensor [3, H, W], as Pillow's convert("RGB") would.
 
-    16-bit images are scaled to 8 bits, of an animation the first frame counts.
+    16-bit images are scaled to 8 bits; an animation gives its first frame.
 
     Raises:
         UnreadableImage: the file is missing, torn or no image.
@@ -41,20 +43,20 @@ def read_image(path):
         raise UnreadableImage(f"{path}: {error}") from error
 
 
-def _decode_with_torchvision(encoded):
-    """JPEG and WebP, to the bit as Pillow and faster; a ValueError for other formats."""
+def _decode_with_torchvision(encoded: bytearray) -> Tensor:
+    """JPEG and WebP, faster than Pillow and equal to the bit; a ValueError for other formats."""
     # PNG would be no faster, and a damaged one ends the process in torchvision 0.29.
     if encoded[:4] in (b"\x89PNG", b"GIF8"):
         raise ValueError("left to Pillow")
     return decode_image(torch.frombuffer(encoded, dtype=torch.uint8), mode=ImageReadMode.RGB)
 
 
-def _decode_with_pillow(encoded):
-    """Everything that Pillow reads."""
+def _decode_with_pillow(encoded: bytearray) -> Tensor:
+    """Any format that Pillow reads."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # about metadata and large images, once for every file
-        image = Image.open(io.BytesIO(encoded))
-        if image.mode.startswith("I;16") or (image.mode == "I" and image.getextrema()[1] > 255):
+        warnings.simplefilter("ignore")  # about metadata and large images, repeated for each file
+        image: Image.Image = Image.open(io.BytesIO(encoded))
+        if image.mode.startswith("I;16") or (image.mode == "I" and np.asarray(image).max() > 255):
             # 16 bits a pixel, which convert("RGB") would clip at 255.
             gray = np.clip(np.asarray(image).astype(np.int64) >> 8, 0, 255).astype(np.uint8)
             image = Image.fromarray(gray)
@@ -65,20 +67,20 @@ def _decode_with_pillow(encoded):
 class ImagePaths:
     """The sorted paths of all images below a folder, in two tensors that processes share.
 
-    A list of a million strings would be copied into every worker as its reference counts are
-    written; here a worker adds nothing, however it was started.
+    Each worker would end up with its own copy of a list of strings, as Python writes to their
+    reference counts. These tensors stay shared, however a worker was started.
 
     Attributes:
-        classes: the sorted names of the folders in `root` that have images in or below them; ""
-            stands for `root` itself.
-        labels: int64 tensor, of every image the index of its class.
+        classes: sorted names of the folders in `root` with images in or below them; "" stands for
+            `root` itself.
+        labels: int64 tensor [number of images], the index of each image's class.
         fingerprint: a checksum of the names.
 
     Raises:
         UserError: the folder is missing, not a folder or without images.
     """
 
-    def __init__(self, root):
+    def __init__(self, root: str | Path) -> None:
         root = Path(root)
         if not root.is_dir():
             kind = "is a file, not a folder" if root.exists() else "does not exist"
@@ -96,19 +98,19 @@ class ImagePaths:
         self._names = torch.frombuffer(bytearray(b"".join(names)), dtype=torch.uint8)
         self._names.share_memory_()
 
-    def __len__(self):
+    def __len__(self) -> int:
         return len(self._ends)
 
-    def __getitem__(self, index):
+    def __getitem__(self, index: int) -> str:
         start = self._ends[index - 1].item() if index else 0
         name = self._names[start : self._ends[index].item()].numpy().tobytes()
         return os.fsdecode(os.path.join(self.root, name))
 
 
-def _image_names(root):
+def _image_names(root: bytes) -> Iterator[bytes]:
     """Paths of the image files below `root`, relative to it; hidden ones are passed over."""
     suffixes = tuple(suffix.encode() for suffix in IMAGE_SUFFIXES)
-    walked = set()
+    walked: set[bytes] = set()
     for folder, subfolders, files in os.walk(root, followlinks=True):
         real_folder = os.path.realpath(folder)
         if real_folder in walked:  # links may lead in circles
@@ -122,33 +124,34 @@ def _image_names(root):
                 yield name if below_root == b"." else os.path.join(below_root, name)
 
 
-def find_images(data_path, split):
-    """Images of data_path/`split`, or None without such a folder.
+def find_images(data_path: str, split: str) -> ImagePaths | None:
+    """The images in data_path/`split`, or None if there is no such folder.
 
-    For split "train" data_path itself stands in for a missing folder, as pre-training needs no
-    labels.
+    data_path itself stands in for a missing folder "train": pre-training needs no labels.
 
     Raises:
-        UserError: no images there, or none of a sample of them readable.
+        UserError: there are no images, or none of a sample of them is readable.
     """
     folder = Path(data_path) / split
     if not folder.is_dir():
         if split != "train":
             return None
-        folder = data_path
+        folder = Path(data_path)
     paths = ImagePaths(folder)
     _probe(paths, folder)
     return paths
 
 
-def find_labelled_images(data_path, nb_classes, splits=("train", "val")):
-    """Images of data_path/SPLIT/CLASS for each of `splits`, as a list.
+def find_labelled_images(
+    data_path: str, nb_classes: int, splits: Sequence[str] = ("train", "val")
+) -> list[ImagePaths]:
+    """The images in data_path/SPLIT/CLASS, for each of `splits`.
 
     Raises:
-        UserError: a folder is missing, has images outside of a class or none of a sample of them
-            readable; the splits' classes differ or are more than `nb_classes`.
+        UserError: a folder is missing or has images outside of its classes; none of a sample of
+            them is readable; the splits' classes differ, or are more than `nb_classes`.
     """
-    found = []
+    found: list[ImagePaths] = []
     for split in splits:
         folder = Path(data_path) / split
         if not folder.is_dir():
@@ -169,7 +172,7 @@ def find_labelled_images(data_path, nb_classes, splits=("train", "val")):
     return found
 
 
-def check_classes(paths, classes, source):
+def check_classes(paths: ImagePaths, classes: Iterable[str], source: object) -> None:
     """Refuse, with a UserError, images whose classes are not the `classes` of `source`."""
     found, expected = set(paths.classes), set(classes)
     differences = [
@@ -184,7 +187,7 @@ def check_classes(paths, classes, source):
         )
 
 
-def _probe(paths, folder):
+def _probe(paths: ImagePaths, folder: Path) -> None:
     """Refuse, with a UserError, images of which none of a sample is readable."""
     probes = np.unique(np.linspace(0, len(paths) - 1, 32).astype(int))
     for index in probes.tolist():

@@ -1,24 +1,35 @@
 """The LARS optimizer of the linear probe (paper, table 10; You et al., arXiv 1708.03888)."""
 
+from collections.abc import Callable, Iterable
+from typing import Any
+
 import torch
+from torch import Tensor
 
 
 class LARS(torch.optim.Optimizer):
-    """SGD with momentum whose update of a matrix is scaled to the norm of the matrix.
+    """SGD with momentum that scales a matrix's update to the matrix's norm.
 
     The update g of a weight w, its decayed gradient, is multiplied by
-    trust_coefficient x |w| / |g|, or 1 where either norm is 0. Tensors of one dimension, biases
-    among them, are neither scaled nor decayed.
+    trust_coefficient x |w| / |g|, or by 1 where either norm is 0. 1-D tensors, such as biases, are
+    neither scaled nor decayed.
 
     Args:
         params: tensors or groups of them.
         lr: learning rate.
         weight_decay: added to a gradient times the weight.
-        momentum: share of the previous step that a step begins with.
-        trust_coefficient: length of a matrix's update at learning rate 1, in lengths of the matrix.
+        momentum: momentum factor.
+        trust_coefficient: ratio of update norm to weight norm at learning rate 1.
     """
 
-    def __init__(self, params, lr, weight_decay=0, momentum=0.9, trust_coefficient=0.001):
+    def __init__(
+        self,
+        params: Iterable[Tensor] | Iterable[dict[str, Any]],
+        lr: float,
+        weight_decay: float = 0,
+        momentum: float = 0.9,
+        trust_coefficient: float = 0.001,
+    ) -> None:
         defaults = dict(
             lr=lr,
             weight_decay=weight_decay,
@@ -28,7 +39,7 @@ class LARS(torch.optim.Optimizer):
         super().__init__(params, defaults)
 
     @torch.no_grad()
-    def step(self, closure=None):
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
         """One update; returns the loss of `closure`, where one is given."""
         loss = None
         if closure is not None:
@@ -40,7 +51,7 @@ class LARS(torch.optim.Optimizer):
                     self._update(weight, group)
         return loss
 
-    def _update(self, weight, group):
+    def _update(self, weight: Tensor, group: dict[str, Any]) -> None:
         update = weight.grad
         if weight.ndim > 1:
             update = update.add(weight, alpha=group["weight_decay"])

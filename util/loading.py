@@ -8,16 +8,38 @@ import os
 import signal
 import sys
 import threading
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from util.data import eval_transform, normalize
+from util.distributed import Process
 from util.errors import UserError
-from util.image_files import UnreadableImage, read_image
+from util.image_files import ImagePaths, UnreadableImage, read_image
 from util.seeding import derive_seed, seed_generators
 
 MAX_UNREADABLE_SHARE = 0.01
+
+
+class Batch(NamedTuple):
+    """One process's images of a training step, on the device."""
+
+    step: int
+    imgs: Tensor  # [N, 3, height, width], normalised
+    labels: Tensor  # [N]
+    unreadable: int  # how many images were unreadable and are replaced
+
+
+class EvalBatch(NamedTuple):
+    """Some images of an evaluation, on the device, and on the CPU what is known of them."""
+
+    imgs: Tensor  # [N, 3, height, width], normalised
+    labels: Tensor  # [N]
+    indices: Tensor  # [N], on the CPU
+    readable: Tensor  # [N], on the CPU; an unreadable image is replaced
 
 
 class ImageDataset(torch.utils.data.Dataset):
@@ -27,15 +49,15 @@ class ImageDataset(torch.utils.data.Dataset):
     readable); an unreadable one is replaced, with its label, by another one chosen from the seed.
     """
 
-    def __init__(self, paths, transform, seed):
+    def __init__(self, paths: ImagePaths, transform: Callable[[Tensor], Tensor], seed: int) -> None:
         self.paths = paths
         self.transform = transform
         self.seed = seed
 
-    def __len__(self):
+    def __len__(self) -> int:
         return len(self.paths)
 
-    def __getitem__(self, key):
+    def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, Tensor, int, bool]:
         epoch, index = key
         seed_generators(self.seed, "augmentation", epoch, index)
         readable = True
@@ -47,21 +69,20 @@ class ImageDataset(torch.utils.data.Dataset):
             except UnreadableImage:
                 readable = False
                 source = torch.randint(len(self.paths), ()).item()
-        else:  # a share of unreadable images that stops the run at its next log line
+        else:  # ten unreadable in a row: so many that the run will stop at the next log line
             image = torch.zeros(3, 1, 1, dtype=torch.uint8)
         return self.transform(image), self.paths.labels[source], index, readable
 
 
 class ShuffledBatches(torch.utils.data.Sampler):
-    """The batches of one process: keys (epoch, index) of `ImageDataset`.
+    """One process's batches: keys (epoch, index) of `ImageDataset`.
 
-    An epoch is one permutation of the images, a function of (seed, epoch). Its step s takes the
-    next batch_size x world_size of them, whichever way they are split over processes; what is
-    left at the end and fills no such batch is dropped. Set `epoch` and `first_step` before
-    iterating.
+    An epoch is one permutation of the images, a function of (seed, epoch). Each step takes the
+    next batch_size x world_size of them, however many processes share them; images at the end
+    that fill no such batch are dropped. Set `epoch` and `first_step` before iterating.
     """
 
-    def __init__(self, num_images, batch_size, process, seed):
+    def __init__(self, num_images: int, batch_size: int, process: Process, seed: int) -> None:
         self.num_images = num_images
         self.batch_size = batch_size
         self.process = process
@@ -69,10 +90,10 @@ class ShuffledBatches(torch.utils.data.Sampler):
         self.epoch = 0
         self.first_step = 0
 
-    def __len__(self):
+    def __len__(self) -> int:
         return self.num_images // (self.batch_size * self.process.world_size)
 
-    def __iter__(self):
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         generator = np.random.default_rng(derive_seed(self.seed, "order", self.epoch))
         order = generator.permutation(self.num_images)
         for step in range(self.first_step, len(self)):
@@ -82,77 +103,98 @@ class ShuffledBatches(torch.utils.data.Sampler):
 
 
 class OrderedBatches(torch.utils.data.Sampler):
-    """The batches of one process in evaluation: every image once over all processes."""
+    """One process's batches in evaluation: every image once over all processes."""
 
-    def __init__(self, num_images, batch_size, process):
+    def __init__(self, num_images: int, batch_size: int, process: Process) -> None:
         self.indices = range(process.rank, num_images, process.world_size)
         self.batch_size = batch_size
 
-    def __len__(self):
+    def __len__(self) -> int:
         return -(-len(self.indices) // self.batch_size)
 
-    def __iter__(self):
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         for start in range(0, len(self.indices), self.batch_size):
             yield [(0, index) for index in self.indices[start : start + self.batch_size]]
 
 
 class ImageLoader:
-    """Batches of `dataset` as a batch sampler orders them, on the device of `process`.
+    """A dataset's batches, as a batch sampler orders them, on a process's device.
 
-    `unreadable` counts the unreadable images that this process met in the epoch. Its workers are
-    kept between epochs if it is `persistent`.
+    Args:
+        dataset: the images.
+        batches: `ShuffledBatches` for training, `OrderedBatches` for evaluation.
+        process: this `Process`.
+        num_workers: processes that load images; 0 to load them in this one.
+        pin_mem: whether to use page-locked memory on the way to a CUDA device.
+        persistent: whether to keep the workers between epochs.
     """
 
-    def __init__(self, dataset, batches, process, *, num_workers, pin_mem, persistent=True):
+    def __init__(
+        self,
+        dataset: ImageDataset,
+        batches: ShuffledBatches | OrderedBatches,
+        process: Process,
+        *,
+        num_workers: int,
+        pin_mem: bool,
+        persistent: bool = True,
+    ) -> None:
         self.dataset = dataset
         self.batches = batches
         self.images_per_step = batches.batch_size * process.world_size
         self.device = process.device
-        self.unreadable = 0
-        self._warned = set()
+        self._warned: set[str] = set()
         self._loader = torch.utils.data.DataLoader(
             dataset,
             batch_sampler=batches,
             num_workers=num_workers,
             pin_memory=pin_mem and process.device.type == "cuda",
             persistent_workers=persistent and num_workers > 0,
-            # A forked worker inherits the main thread alone, in which it can block signals.
+            # Only a forked worker starts with a single thread, where it can block signals.
             multiprocessing_context="fork" if num_workers and sys.platform == "linux" else None,
             worker_init_fn=_leave_signals_to_the_main_process,
         )
 
-    def __len__(self):
+    def __len__(self) -> int:
         return len(self.batches)
 
-    def epoch(self, epoch, first_step=0):
-        """Steps, normalised images [N, 3, height, width] and labels [N] of a training epoch."""
+    def train_batches(self, epoch: int, first_step: int = 0) -> Iterator[Batch]:
+        """A training epoch's batches, from `first_step` on."""
         self.batches.epoch, self.batches.first_step = epoch, first_step
-        self.unreadable = 0
-        for step, (imgs, labels, indices, readable) in enumerate(self, first_step):
-            self.warn_unreadable(indices[~readable])
-            yield step, imgs, labels
+        for step, (imgs, labels, indices, readable) in enumerate(self.eval_batches(), first_step):
+            yield Batch(step, imgs, labels, self.warn_unreadable(indices[~readable]))
 
-    def __iter__(self):
-        """Yields normalised images, labels, and on the CPU indices and whether each is readable."""
+    def eval_batches(self) -> Iterator[EvalBatch]:
+        """All batches in the sampler's order."""
         for images, labels, indices, readable in self._loader:
             imgs = normalize(images.to(self.device, non_blocking=True))
-            yield imgs, labels.to(self.device, non_blocking=True), indices, readable
+            yield EvalBatch(imgs, labels.to(self.device, non_blocking=True), indices, readable)
 
-    def warn_unreadable(self, indices):
-        """Count unreadable images, and warn once of each."""
-        self.unreadable += len(indices)
+    def warn_unreadable(self, indices: Tensor) -> int:
+        """Warn once of each unreadable image; returns how many there are."""
         for index in indices.tolist():
             path = self.dataset.paths[index]
             if path not in self._warned:
                 self._warned.add(path)
                 print(f"warning: {path} is unreadable and skipped", file=sys.stderr)
+        return len(indices)
 
 
-def train_loader(paths, transform, process, *, batch_size, accum_iter, seed, num_workers, pin_mem):
-    """The shuffled, augmented batches of `batch_size` images of one process.
+def train_loader(
+    paths: ImagePaths,
+    transform: Callable[[Tensor], Tensor],
+    process: Process,
+    *,
+    batch_size: int,
+    accum_iter: int,
+    seed: int,
+    num_workers: int,
+    pin_mem: bool,
+) -> ImageLoader:
+    """One process's shuffled, augmented batches of `batch_size` images.
 
     Raises:
-        UserError: there are fewer images than one update of all processes takes.
+        UserError: there are fewer images than one update of all processes needs.
     """
     effective_batch = batch_size * accum_iter * process.world_size
     if len(paths) < effective_batch:
@@ -165,7 +207,16 @@ def train_loader(paths, transform, process, *, batch_size, accum_iter, seed, num
     return ImageLoader(dataset, batches, process, num_workers=num_workers, pin_mem=pin_mem)
 
 
-def eval_loader(paths, input_size, process, *, batch_size, seed, num_workers, pin_mem):
+def eval_loader(
+    paths: ImagePaths,
+    input_size: int | tuple[int, int],
+    process: Process,
+    *,
+    batch_size: int,
+    seed: int,
+    num_workers: int,
+    pin_mem: bool,
+) -> ImageLoader:
     """Every image once over all processes, in order, resized and cropped at the centre."""
     return ImageLoader(
         ImageDataset(paths, eval_transform(input_size), seed),
@@ -177,7 +228,7 @@ def eval_loader(paths, input_size, process, *, batch_size, seed, num_workers, pi
     )
 
 
-def _leave_signals_to_the_main_process(_worker_id):
+def _leave_signals_to_the_main_process(_worker_id: int) -> None:
     """Keep a worker alive when a scheduler or a terminal signals every process of a run.
 
     The main process still needs its batches to finish the step and save. Only its own SIGTERM
@@ -189,7 +240,7 @@ def _leave_signals_to_the_main_process(_worker_id):
         return
     signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
 
-    def end_with_the_main_process():
+    def end_with_the_main_process() -> None:
         while signal.sigwaitinfo([signal.SIGTERM]).si_pid != os.getppid():
             pass
         os._exit(0)

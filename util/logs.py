@@ -1,4 +1,4 @@
-"""What a run shows and leaves: console lines or a progress bar, log.txt and TensorBoard."""
+"""What a run shows and leaves: console lines or a progress bar, log.txt, TensorBoard, eval.json."""
 
 import json
 import math
@@ -6,49 +6,66 @@ import os
 import resource
 import sys
 import time
+from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
+from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from util import distributed
-from util.accuracy import accuracy_line
 from util.errors import UserError
-from util.loading import MAX_UNREADABLE_SHARE
+from util.loading import MAX_UNREADABLE_SHARE, Batch, ImageLoader
+from util.training import TrainingState
 
 
 class RunLog:
-    """The outputs of a whole run, written by rank 0.
+    """The outputs of a whole run, written by rank 0; a context that closes them.
 
     Args:
         output_dir: folder of log.txt, one JSON line an epoch.
         log_dir: folder of the TensorBoard events.
         process: this `distributed.Process`.
-        epochs: of the whole run.
-        log_every: steps between console lines.
-        loss_tag: TensorBoard's name for the loss of a log line.
-        start: epoch, with its fraction, at which this run takes up; later entries of an
-            interrupted run are taken back.
+        epochs: length of the whole run.
+        loss_tag: TensorBoard's name for the training loss.
+        start: epoch, with its fraction, to resume from; entries logged beyond it are removed.
     """
 
-    def __init__(self, output_dir, log_dir, process, *, epochs, log_every, loss_tag, start):
+    def __init__(
+        self,
+        output_dir: str | Path,
+        log_dir: str | Path,
+        process: distributed.Process,
+        *,
+        epochs: int,
+        loss_tag: str,
+        start: float,
+    ) -> None:
         self.process = process
         self.epochs = epochs
-        self.log_every = log_every
         self.loss_tag = loss_tag
         self.show_bar = process.is_main and sys.stdout.isatty() and sys.stderr.isatty()
         if process.is_main:
             self._log_file = Path(output_dir) / "log.txt"
-            self._take_back(int(start))
-            # TensorBoard drops what an earlier writer put at this x and beyond it.
+            self._remove_lines_from(int(start))
+            # TensorBoard drops what an earlier writer logged at this x and beyond it.
             purge_step = int(1000 * start) + 1 if start else 0
             self._tensorboard = SummaryWriter(log_dir, purge_step=purge_step)
 
-    def _take_back(self, first_epoch):
-        """Drop the lines of epochs that will run again, and one torn by a crash."""
+    def __enter__(self) -> "RunLog":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.process.is_main:
+            self._tensorboard.close()
+
+    def _remove_lines_from(self, first_epoch: int) -> None:
+        """Remove the lines of epochs that will run again, and one torn by a crash."""
         if not self._log_file.exists():
             return
         kept = []
@@ -62,33 +79,36 @@ class RunLog:
         temporary.write_text("".join(kept))
         os.replace(temporary, self._log_file)
 
-    def line(self, text):
+    def line(self, text: str) -> None:
         """A line on the console, beside the progress bar if there is one."""
         if self.process.is_main:
             tqdm.write(text)
             sys.stdout.flush()
 
-    def scalars(self, epoch, **values):
+    def scalars(self, epoch: float, **values: float) -> None:
         """TensorBoard scalars at 1000 x epoch, so that runs of any batch size compare."""
+        self._add_scalars(values, int(1000 * epoch))
+
+    def performance(self, epochs: int, figures: dict[str, float]) -> None:
+        """A classifier's figures after so many epochs, as TensorBoard scalars by epoch.
+
+        To be called after the epoch is saved: an epoch that runs again would log them twice.
+        """
+        self._add_scalars({f"perf/{name}": value for name, value in figures.items()}, epochs)
+
+    def _add_scalars(self, values: dict[str, float], x: int) -> None:
         if self.process.is_main:
             for tag, value in values.items():
-                self._tensorboard.add_scalar(tag, value, int(1000 * epoch))
+                self._tensorboard.add_scalar(tag, value, x)
 
-    def accuracy(self, epoch, figures):
-        """A classifier's figures after `epoch` epochs: a console line, TensorBoard by epoch."""
-        self.line(accuracy_line(figures))
-        if self.process.is_main:
-            for name, value in figures.items():
-                self._tensorboard.add_scalar(f"perf/{name}", value, epoch)
-
-    def picture(self, epoch, tag, picture):
-        """A PIL image in TensorBoard."""
+    def picture(self, epoch: float, tag: str, picture: Image.Image) -> None:
+        """A picture in TensorBoard."""
         if self.process.is_main:
             pixels = np.asarray(picture)
             self._tensorboard.add_image(tag, pixels, int(1000 * epoch), dataformats="HWC")
 
-    def epoch_line(self, record):
-        """An epoch's entries as one JSON line in log.txt, its losses also on the console."""
+    def epoch(self, record: dict[str, Any]) -> None:
+        """An epoch's entries as one JSON line in log.txt; its losses on the console too."""
         losses = [f"{name} {value:.4f}" for name, value in record.items() if "loss" in name]
         self.line(f"epoch {record['epoch']}/{self.epochs}  done  {'  '.join(losses)}")
         if self.process.is_main:
@@ -96,44 +116,47 @@ class RunLog:
             with open(self._log_file, "a") as file:
                 file.write(json.dumps(record) + "\n")
 
-    def close(self):
-        if self.process.is_main:
-            self._tensorboard.close()
 
-
-class EpochLog:
-    """The losses of one epoch: kept on the device, fetched and averaged once a log line.
+class Meter:
+    """One epoch's losses and speed: losses stay on the device and are fetched once a log line.
 
     Args:
-        run_log: the `RunLog` that shows them.
-        loader: the `ImageLoader` of the epoch.
-        epoch, first_step: where the epoch is taken up.
-        totals: the `totals` of its first part, when it was interrupted.
+        log: the `RunLog` that shows them; None to show nothing.
+        state: where the training stands; its `totals`, the sums over the epoch's steps so far, are
+            kept up to date.
+        loader: gives the epoch's batches to all processes.
+        log_every: steps between console lines.
     """
 
-    def __init__(self, run_log, loader, *, epoch, first_step, totals=None):
-        self.run_log = run_log
-        self.loader = loader
-        self.epoch = epoch
-        self._first_step = first_step
-        self.totals = totals or dict(
-            steps=0, images=0, loss=0.0, lr=0.0, seconds=0.0, waited=0.0, bad=0
-        )
-        self._bad_before = self.totals["bad"]
+    def __init__(
+        self,
+        log: RunLog | None,
+        state: TrainingState,
+        loader: ImageLoader,
+        log_every: int,
+    ) -> None:
+        self.log = log
+        self.totals = state.totals
+        self.epoch = state.epoch
+        self.steps = len(loader)
+        self.images_per_step = loader.images_per_step
+        self.log_every = log_every
+        for name in ("steps", "images", "loss", "lr", "seconds", "waited", "bad"):
+            self.totals.setdefault(name, 0)
         self._bar = tqdm(
-            total=len(loader),
-            initial=first_step,
-            desc=f"epoch {epoch}/{run_log.epochs}",
+            total=self.steps,
+            initial=state.step,
+            desc=f"epoch {state.epoch}/{log.epochs}" if log else None,
             leave=False,
-            disable=not run_log.show_bar,
+            disable=not (log and log.show_bar),
         )
-        self._losses = []
+        self._losses: list[Tensor] = []
+        self._unreadable = 0
         self._waited = 0.0
         self._since = time.perf_counter()
 
-    def steps(self):
-        """The (step, images, labels) that are left of the epoch, timing the wait for them."""
-        batches = self.loader.epoch(self.epoch, self._first_step)
+    def timed(self, batches: Iterator[Batch]) -> Iterator[tuple[int, Tensor, Tensor]]:
+        """The batches as (step, images, labels); notes the wait for them and unreadable images."""
         with self._bar:
             while True:
                 asked = time.perf_counter()
@@ -141,49 +164,53 @@ class EpochLog:
                 self._waited += time.perf_counter() - asked
                 if batch is None:
                     break
-                yield batch
+                self._unreadable += batch.unreadable
+                yield batch.step, batch.imgs, batch.labels
                 self._bar.update()
             self.flush()
 
-    def add(self, step, loss, lr):
-        """Note the loss of a step, a scalar on the device, without waiting for its value."""
+    def add(self, step: int, loss: Tensor, lr: float) -> None:
+        """Note a step's loss, a scalar on the device, without waiting for its value."""
         self._losses.append(loss.detach())
         self._step = step
         self.totals["lr"] = lr
-        if (step + 1) % self.run_log.log_every == 0:
+        if (step + 1) % self.log_every == 0:
             self.flush()
 
-    def flush(self):
-        """Fetch the losses since the last line, check them, sum them up and show a line.
+    def flush(self) -> None:
+        """Fetch the losses since the last line, check them, add them up and show a line.
 
         All processes take part, at the same step.
 
         Raises:
-            UserError: a loss of any process is not finite; too many images are unreadable.
+            UserError: a process's loss is not finite; too many images are unreadable.
         """
         if not self._losses:
             return
-        own = torch.stack(self._losses).cpu().tolist(), self.loader.unreadable
+        own = torch.stack(self._losses).cpu().tolist(), self._unreadable
         losses, unreadable = zip(*distributed.gather(own), strict=True)
         now = time.perf_counter()
         self._check_finite(losses)
         means = [sum(step_losses) / len(step_losses) for step_losses in zip(*losses, strict=True)]
-        for mean in means:  # one by one: a sum that doesn't depend on where the lines fell
+        # One at a time, so that the float sum does not depend on where the log lines fell.
+        for mean in means:
             self.totals["loss"] += mean
-        images = len(means) * self.loader.images_per_step
+        images = len(means) * self.images_per_step
         seconds, waited = now - self._since, self._waited
         self.totals["steps"] += len(means)
         self.totals["images"] += images
         self.totals["seconds"] += seconds
         self.totals["waited"] += waited
-        self.totals["bad"] = self._bad_before + sum(unreadable)
+        self.totals["bad"] += sum(unreadable)
         self._check_readable()
-        self._show(sum(means) / len(means), images / seconds, waited / seconds)
+        if self.log:
+            self._show(self.log, sum(means) / len(means), images / seconds, waited / seconds)
         self._losses = []
+        self._unreadable = 0
         self._waited = 0.0
         self._since = now
 
-    def _check_finite(self, losses):
+    def _check_finite(self, losses: tuple[list[float], ...]) -> None:
         first_step = self._step + 1 - len(self._losses)
         for offset, step_losses in enumerate(zip(*losses, strict=True)):
             for rank, loss in enumerate(step_losses):
@@ -194,8 +221,8 @@ class EpochLog:
                         "rate, a longer warm-up, --clip_grad 1 or --amp off"
                     )
 
-    def _check_readable(self):
-        images = len(self.loader) * self.loader.images_per_step
+    def _check_readable(self) -> None:
+        images = self.steps * self.images_per_step
         if self.totals["bad"] > MAX_UNREADABLE_SHARE * images:
             raise UserError(
                 f"{self.totals['bad']} of the {images} images of epoch {self.epoch} are "
@@ -203,27 +230,24 @@ class EpochLog:
                 "warned about"
             )
 
-    def _show(self, loss, images_per_s, waited_share):
-        progress = self.epoch + (self._step + 1) / len(self.loader)
-        self.run_log.scalars(progress, **{self.run_log.loss_tag: loss, "lr": self.totals["lr"]})
+    def _show(self, log: RunLog, loss: float, images_per_s: float, waited_share: float) -> None:
+        progress = self.epoch + (self._step + 1) / self.steps
+        log.scalars(progress, **{log.loss_tag: loss, "lr": self.totals["lr"]})
         status = (
             f"loss {loss:.4f}  lr {self.totals['lr']:.2e}  {images_per_s:.1f} images/s  "
             f"data wait {waited_share:.0%}  peak memory {peak_memory_gib():.2f} GiB"
         )
-        if self.run_log.show_bar:
+        if log.show_bar:
             self._bar.set_postfix_str(status)
             return
         rate = self.totals["images"] / self.totals["seconds"]
-        images_left = (
-            (self.run_log.epochs - progress) * len(self.loader) * self.loader.images_per_step
-        )
-        eta = timedelta(seconds=round(images_left / rate))
-        self.run_log.line(
-            f"epoch {self.epoch}/{self.run_log.epochs}  step {self._step + 1}/{len(self.loader)}  "
-            f"eta {eta}  {status}"
+        images_left = (log.epochs - progress) * self.steps * self.images_per_step
+        log.line(
+            f"epoch {self.epoch}/{log.epochs}  step {self._step + 1}/{self.steps}  "
+            f"eta {timedelta(seconds=round(images_left / rate))}  {status}"
         )
 
-    def summary(self):
+    def summary(self) -> dict[str, Any]:
         """The epoch's entries for log.txt."""
         totals = self.totals
         return {
@@ -237,16 +261,40 @@ class EpochLog:
         }
 
 
-def describe_training(process, effective_batch, lr, amp_dtype):
-    """What a run says of its size, learning rate, devices and precision."""
+def describe_training(
+    process: distributed.Process, effective_batch: int, lr: float, dtype: str
+) -> str:
+    """The part of a run's first line about its batch, learning rate, devices and type."""
     return (
         f"effective batch {effective_batch}, lr {lr:.2e}; {process.world_size} x {process.device}, "
-        f"{amp_dtype or torch.float32}"
+        f"computing in {dtype}"
     )
 
 
-def peak_memory_gib():
-    """Peak memory of this process: CUDA's allocator where one is used, else the resident set."""
+def accuracy_line(figures: dict[str, float]) -> str:
+    """The figures of `engine_finetune.evaluate` in the usual form."""
+    return "* Acc@1 {test_acc1:.3f} Acc@5 {test_acc5:.3f} loss {test_loss:.3f}".format(**figures)
+
+
+def report_evaluation(
+    output_dir: str | Path, process: distributed.Process, figures: dict[str, float], **about: Any
+) -> None:
+    """Print an evaluation's figures and write them, as printed, to output_dir/eval.json.
+
+    Raises:
+        UserError: the file can't be written.
+    """
+    if process.is_main:
+        print(accuracy_line(figures), flush=True)
+        rounded = {name: round(value, 3) for name, value in figures.items()}
+        try:
+            (Path(output_dir) / "eval.json").write_text(json.dumps(about | rounded) + "\n")
+        except OSError as error:
+            raise UserError(f"{output_dir}/eval.json can't be written: {error.strerror}") from error
+
+
+def peak_memory_gib() -> float:
+    """This process's peak memory: CUDA's allocator where one is used, else the resident set."""
     if torch.cuda.is_available() and torch.cuda.max_memory_allocated():
         return torch.cuda.max_memory_allocated() / 2**30
     kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -2,13 +2,20 @@
 
 import math
 
+import torch
+
 from util.errors import warn
 
-# The flags that `make_schedule` takes by their names.
-SCHEDULE_FLAGS = "lr blr min_lr warmup_epochs epochs"
 
-
-def make_schedule(effective_batch, *, lr, blr, min_lr, warmup_epochs, epochs):
+def make_schedule(
+    effective_batch: int,
+    *,
+    lr: float | None,
+    blr: float,
+    min_lr: float,
+    warmup_epochs: float,
+    epochs: int,
+) -> dict[str, float]:
     """The keywords of `warmup_cosine_lr`; without an lr, it is blr x effective_batch / 256."""
     if warmup_epochs >= epochs:
         warn(f"warmup_epochs {warmup_epochs} is not below epochs {epochs}: no decay")
@@ -16,7 +23,9 @@ def make_schedule(effective_batch, *, lr, blr, min_lr, warmup_epochs, epochs):
     return dict(lr=lr, min_lr=min_lr, warmup_epochs=warmup_epochs, epochs=epochs)
 
 
-def warmup_cosine_lr(epoch, *, lr, min_lr, warmup_epochs, epochs):
+def warmup_cosine_lr(
+    epoch: float, *, lr: float, min_lr: float, warmup_epochs: float, epochs: float
+) -> float:
     """Learning rate at a fractional epoch: a linear warm-up from 0, then half a cosine to min_lr.
 
     Args:
@@ -31,7 +40,7 @@ def warmup_cosine_lr(epoch, *, lr, min_lr, warmup_epochs, epochs):
     return min_lr + (lr - min_lr) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
-def set_lr(optimizer, lr):
-    """Give every group of the optimizer `lr`, times the group's `lr_scale` where it has one."""
+def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    """Give every group of the optimizer `lr`, times its `lr_scale` where it has one."""
     for group in optimizer.param_groups:
         group["lr"] = lr * group.get("lr_scale", 1.0)

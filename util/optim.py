@@ -1,23 +1,28 @@
 """Parameter groups and the AdamW optimizer of the recipes (paper, tables 8 and 9)."""
 
+from typing import Any
+
 import torch
 from timm.optim import param_groups_weight_decay
+from torch import nn
 
 
-def weight_decay_groups(model, weight_decay):
-    """Two optimizer groups of the trainable parameters: 1-D tensors and biases are not decayed."""
+def weight_decay_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Two groups of the trainable parameters: 1-D tensors and biases without weight decay."""
     return param_groups_weight_decay(model, weight_decay)
 
 
-def layer_decay_groups(model, weight_decay, layer_decay):
+def layer_decay_groups(
+    model: nn.Module, weight_decay: float, layer_decay: float
+) -> list[dict[str, Any]]:
     """Groups of the trainable parameters whose learning rate falls from the head to the patches.
 
-    Head and final norm have an `lr_scale` of 1, every block `layer_decay` times the next one's, as
-    in BEiT (arXiv 2106.08254); timm's function would put the final norm into the last block. 1-D
-    tensors, biases, class token and positions have no weight decay.
+    Head and final norm have an `lr_scale` of 1, each block `layer_decay` times that of the block
+    above it, as in BEiT (arXiv 2106.08254). timm's function would count the final norm as part of
+    the last block. 1-D tensors, biases, class token and positions have no weight decay.
     """
     last = len(model.blocks) + 1
-    groups = {}
+    groups: dict[tuple[int, bool], dict[str, Any]] = {}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
@@ -36,16 +41,21 @@ def layer_decay_groups(model, weight_decay, layer_decay):
     return list(groups.values())
 
 
-def adamw(groups, *, betas):
-    """AdamW over `groups`, fused into one kernel, on the CPU too.
+def adamw(groups: Any, *, betas: tuple[float, float]) -> torch.optim.AdamW:
+    """AdamW over groups of parameters, fused into one kernel, on the CPU too.
 
     The learning rate starts at 0: the training loop sets it before every step.
     """
     return torch.optim.AdamW(groups, lr=0.0, betas=betas, fused=True)
 
 
-def clip_and_step(model, optimizer, scaler, clip_grad):
-    """One update from the gradients, scaled back and clipped to the norm `clip_grad` if given."""
+def clip_and_step(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    scaler: torch.amp.GradScaler,
+    clip_grad: float | None,
+) -> None:
+    """One update: unscale the gradients, clip them to the norm `clip_grad` if given, step."""
     if clip_grad is not None:
         scaler.unscale_(optimizer)
         torch.nn.utils.clip_grad_norm_(model.parameters(), clip_grad)

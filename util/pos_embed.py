@@ -4,9 +4,12 @@ import math
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 
-def sincos_pos_embed_2d(embed_dim, grid_size, cls_token=False):
+def sincos_pos_embed_2d(
+    embed_dim: int, grid_size: int | tuple[int, int], cls_token: bool = False
+) -> Tensor:
     """Sine-cosine position table of a grid of patches, rows in raster order.
 
     The first half of the width encodes a patch's column, the second half its row; each half is
@@ -36,26 +39,33 @@ def sincos_pos_embed_2d(embed_dim, grid_size, cls_token=False):
     return table.float()
 
 
-def interpolate_pos_embed(pos_embed, grid_size, num_prefix_tokens=1):
+def interpolate_pos_embed(
+    pos_embed: Tensor,
+    grid_size: int | tuple[int, int],
+    num_prefix_tokens: int = 1,
+    old_grid: tuple[int, int] | None = None,
+) -> Tensor:
     """A position table resampled to another grid (bicubic, without antialiasing).
 
-    timm's `resample_abs_pos_embed` is not used because it knows no grid that is not square unless
-    it is told, and then leaves one alone that has as many patches as the new one.
+    timm's `resample_abs_pos_embed` is not used: it assumes a square source unless told otherwise,
+    and returns any table with the right number of rows unchanged if the new grid is square.
 
     Args:
         pos_embed: [1, prefix + L, D].
         grid_size: patches along height and width, an int or (height, width).
         num_prefix_tokens: rows in front of the grid's, which are kept.
+        old_grid: the table's own (height, width); if not given, `guess_grid` guesses it.
 
     Returns:
-        [1, prefix + height x width, D]; the table itself if its grid is the same, see `find_grid`.
+        [1, prefix + height x width, D]; the table itself if its grid is the same.
 
     Raises:
-        ValueError: the grid of the table can't be told.
+        ValueError: the table's grid can't be guessed.
     """
-    new_grid = (grid_size, grid_size) if isinstance(grid_size, int) else tuple(grid_size)
+    height, width = (grid_size, grid_size) if isinstance(grid_size, int) else grid_size
+    new_grid = height, width
     prefix, table = pos_embed[:, :num_prefix_tokens], pos_embed[:, num_prefix_tokens:]
-    old_grid = find_grid(table[0], likely=new_grid)
+    old_grid = old_grid or guess_grid(table[0], likely=new_grid)
     if old_grid == new_grid:
         return pos_embed
     table = table.unflatten(1, old_grid).permute(0, 3, 1, 2)  # [1, D, height, width]
@@ -64,11 +74,11 @@ def interpolate_pos_embed(pos_embed, grid_size, num_prefix_tokens=1):
     return torch.cat([prefix, table], dim=1)
 
 
-def find_grid(table, likely):
-    """The (height, width) of the grid of a position table [L, D].
+def guess_grid(table: Tensor, likely: tuple[int, int]) -> tuple[int, int]:
+    """The probable (height, width) of the grid of a position table [L, D].
 
-    A sine-cosine table, also one trained further from there, shows its shape. Another table has
-    the `likely` shape if that has L positions, or else is a square.
+    A sine-cosine table shows its shape, even if it was trained further. Any other table is taken
+    for one of the `likely` shape if that has L positions, or else for a square.
 
     Raises:
         ValueError: it is neither.
@@ -78,7 +88,7 @@ def find_grid(table, likely):
         shapes = [(height, L // height) for height in range(1, L + 1) if L % height == 0]
         fixed = {shape: sincos_pos_embed_2d(D, shape) for shape in shapes}
         distances = {shape: (table.float() - fixed[shape]).norm().item() for shape in shapes}
-        closest = min(distances, key=distances.get)
+        closest = min(shapes, key=lambda shape: distances[shape])
         if distances[closest] < 0.2 * fixed[closest].norm().item():
             return closest
     side = math.isqrt(L)

@@ -1,92 +1,78 @@
-"""Other ways to compute the same: choices of speed and memory that leave the mathematics alone."""
+"""Faster or smaller ways to run the same model."""
 
 import ctypes
-import re
 import sys
 from functools import partial
-from pathlib import Path
 
 import torch
-import torch.nn.functional as F
+from timm.layers import DropPath
 from timm.models.vision_transformer import Block
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's malloc.h
 
 
-def prepare(model, device, dtype, *, compile=False, grad_checkpointing=False):
-    """Choose how a model's linear layers and blocks are computed; parameters and names stay.
+def prepare(
+    model: nn.Module,
+    device: torch.device,
+    dtype: torch.dtype | None,
+    *,
+    compile: bool = False,
+    grad_checkpointing: bool = False,
+) -> None:
+    """Choose how a model's blocks are computed; parameters and their names stay.
 
-    On a CPU the process keeps the memory it frees, see `keep_freed_memory`. In bf16 on a CPU
-    attention becomes plain products and a softmax instead of torch's fused kernel, whose backward
-    pass takes several times as long there; in float32, where `onednn_outruns_mkl`, linear layers
-    become convolutions (benchmarks/forms.py measures both).
+    In bf16 on a CPU attention becomes plain products and a softmax instead of torch's fused
+    kernel, whose backward pass takes several times as long there (benchmarks/README.md).
 
     Args:
         model: a model with timm's `Block`s, on `device`.
-        device: the torch.device it computes on.
+        device: the device it computes on.
         dtype: a `resolve_amp` type.
-        compile: compile every block, at its first use.
-        grad_checkpointing: keep only the blocks' inputs for the backward pass and compute each
-            block a second time there: less memory for about a third more work.
+        compile: compile the blocks at their first use, one graph for each kind of block.
+        grad_checkpointing: keep only the blocks' inputs for the backward pass and recompute the
+            rest there: less memory for about a third more work.
     """
-    on_cpu = device.type == "cpu"
-    if on_cpu:
-        keep_freed_memory()
-    convolves = on_cpu and dtype is None and onednn_outruns_mkl()
     for module in model.modules():
-        if hasattr(module, "fused_attn") and on_cpu and dtype is torch.bfloat16:
+        if hasattr(module, "fused_attn") and device.type == "cpu" and dtype is torch.bfloat16:
             module.fused_attn = False
-        if type(module) is nn.Linear and convolves:
-            # Not by a `forward` of each layer's own, for which its block would be compiled anew.
-            module.__class__ = ConvolvedLinear
-            module.dilation = 1 if torch.get_num_threads() > 1 else 2
-        if isinstance(module, Block):
-            if compile:
-                module.forward = torch.compile(module.forward, dynamic=False)
-            if grad_checkpointing:
-                module.forward = partial(checkpoint, module.forward, use_reentrant=False)
+    for block in [module for module in model.modules() if isinstance(module, Block)]:
+        if compile:
+            for name in ("drop_path1", "drop_path2"):
+                if isinstance(getattr(block, name), DropPath):
+                    setattr(block, name, TensorDropPath(getattr(block, name).drop_prob, device))
+            # fullgraph: where a block can't be compiled as a whole, that is an error.
+            block.forward = torch.compile(block.forward, dynamic=False, fullgraph=True)
+        if grad_checkpointing:
+            block.forward = partial(checkpoint, block.forward, use_reentrant=False)
 
 
-def keep_freed_memory():
+class TensorDropPath(nn.Module):
+    """timm's DropPath with its rate in a tensor, so that blocks of all rates share one graph.
+
+    torch.compile takes a rate that is a float for a constant, and compiles each block anew.
+    """
+
+    def __init__(self, drop_prob: float, device: torch.device) -> None:
+        super().__init__()
+        self.register_buffer("keep_prob", torch.tensor(1 - drop_prob, device=device), False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Each sample of x [N, ...] dropped, or divided by the probability to be kept."""
+        if not self.training:
+            return x
+        shape = (x.shape[0],) + (1,) * (x.ndim - 1)
+        kept = torch.rand(shape, device=x.device) < self.keep_prob
+        return x * (kept / self.keep_prob).to(x.dtype)
+
+
+def keep_freed_memory() -> None:
     """Have glibc keep freed memory for the next tensors; does nothing without glibc.
 
-    It returns large blocks to the system by default, which zeroes and maps every page of them anew
-    at the next allocation: at every operation on activations, in every step.
+    It returns large blocks to the system by default, which zeroes and maps each page of them anew
+    at the next allocation: at each operation on activations, in every step.
     """
-    libc = ctypes.CDLL(None) if sys.platform == "linux" else None
-    if hasattr(libc, "mallopt"):
+    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
         libc.mallopt(M_MMAP_MAX, 0)
         libc.mallopt(M_TRIM_THRESHOLD, -1)
-
-
-def onednn_outruns_mkl():
-    """Whether float32 products are faster in oneDNN, which torch convolves with, than in MKL.
-
-    MKL, which torch multiplies matrices with, keeps to AVX2 on processors that are not Intel's.
-    AMD's compute AVX-512, which oneDNN uses, at twice the rate since Zen 5 (family 26).
-    """
-    try:
-        cpu = Path("/proc/cpuinfo").read_text()
-    except OSError:
-        return False
-    family = re.search(r"^vendor_id\s*: AuthenticAMD\ncpu family\s*: (\d+)$", cpu, re.MULTILINE)
-    libraries = torch.backends.mkldnn.is_available() and torch.backends.mkl.is_available()
-    return libraries and " avx512f " in cpu and family is not None and int(family[1]) >= 26
-
-
-class ConvolvedLinear(nn.Linear):
-    """A linear layer [..., D] -> [..., K], computed as a convolution of 1 x 1 over all rows.
-
-    Its kernel's dilation means nothing to the result. With one thread, however, torch has MKL
-    convolve with kernels of 1 x 1 that are not dilated.
-    """
-
-    dilation = 1
-
-    def forward(self, x):
-        rows = x.reshape(1, -1, 1, x.shape[-1]).permute(0, 3, 1, 2)  # [1, D, rows, 1]
-        kernel = self.weight[:, :, None, None]
-        outputs = F.conv2d(rows, kernel, self.bias, dilation=self.dilation)
-        return outputs.permute(0, 2, 3, 1).reshape(*x.shape[:-1], -1)

@@ -1,7 +1,8 @@
-"""Pictures of what a masked autoencoder sees and what it makes of it."""
+"""Pictures of what a masked autoencoder sees and reconstructs."""
 
 import torch
 from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor, nn
 
 from util.data import denormalize
 from util.precision import autocast
@@ -12,19 +13,25 @@ _GAP = 4
 _HEADER = 18
 
 
-@torch.compiler.set_stance("force_eager")  # not compiled for its shapes
+@torch.compiler.set_stance("force_eager")  # compiling for these shapes would not pay
 @torch.no_grad()
-def reconstruct(model, imgs, mask_ratio, seed, amp_dtype=None):
-    """What the four columns of a grid show, in [0, 1].
+def reconstruct(
+    model: nn.Module,
+    imgs: Tensor,
+    mask_ratio: float,
+    seed: int,
+    amp_dtype: torch.dtype | None = None,
+) -> list[Tensor]:
+    """The images of a grid's four columns, in [0, 1].
 
-    With norm_pix_loss the model predicts patches without their mean and variance, which are taken
-    from the original: the reconstruction then shows structure, not the colours the model guessed.
+    With norm_pix_loss the model predicts patches without their mean and variance. These are taken
+    from the original: the reconstruction then shows structure, not the model's own colours.
 
     Args:
         model: a MaskedAutoencoderViT.
         imgs: normalised images [N, 3, H, W].
         mask_ratio: share of the patches to remove.
-        seed: of the masks; row i of a grid has the same mask whatever the other images are.
+        seed: seed of the masks; row i of a grid has the same mask, whatever the images are.
         amp_dtype: type to compute in under autocast, or None for float32.
 
     Returns:
@@ -49,16 +56,14 @@ def reconstruct(model, imgs, mask_ratio, seed, amp_dtype=None):
     return [images.cpu() for images in (original, masked, reconstruction, pasted)]
 
 
-def draw_grid(columns, *, min_side=112):
-    """One row an image and one titled column an element of `columns`.
+def draw_grid(columns: list[Tensor], *, min_side: int = 112) -> Image.Image:
+    """A picture with a row for each image and a titled column for each element of `columns`.
 
     Args:
-        columns: as `reconstruct` returns them.
-        min_side: small images are enlarged by a whole factor until their shorter side has this
-            many pixels.
+        columns: the four that `reconstruct` returns.
+        min_side: small images are enlarged by a whole factor until their shorter side has at
+            least this many pixels.
 
-    Returns:
-        a PIL image.
     """
     height, width = columns[0].shape[-2:]
     factor = max(1, -(-min_side // min(height, width)))
@@ -76,6 +81,6 @@ def draw_grid(columns, *, min_side=112):
         draw.text((left, 3), title, fill="black", font=font)
         pixels = (images * 255).round().byte().permute(0, 2, 3, 1).numpy()
         for row in range(rows):
-            tile = Image.fromarray(pixels[row]).resize((width, height), Image.NEAREST)
+            tile = Image.fromarray(pixels[row]).resize((width, height), Image.Resampling.NEAREST)
             canvas.paste(tile, (left, _HEADER + row * (height + _GAP)))
     return canvas

@@ -1,0 +1,53 @@
+"""Stopping a run: a signal is heard and acknowledged at once, and a second one is obeyed."""
+
+import os
+import signal
+import time
+from types import FrameType
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+# A scheduler signals every process of a run, and torchrun passes on what it gets: what arrives
+# within this time of the first signal is the same request.
+SAME_REQUEST_SECONDS = 2.0
+
+
+class StopSignals:
+    """Within this context SIGTERM, SIGINT and SIGUSR1 ask for a save and an orderly stop.
+
+    `training.Checkpoints` saves and stops after the update or the evaluation under way, once all
+    processes agree. A second signal ends the process at once, as if nothing had caught it.
+
+    Attributes:
+        received: the number of the signal that arrived; 0 before one has.
+    """
+
+    def __init__(self) -> None:
+        self.received = 0
+
+    def __enter__(self) -> "StopSignals":
+        self._handlers = {number: signal.signal(number, self._receive) for number in SIGNALS}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler)
+
+    @staticmethod
+    def name(number: int) -> str:
+        """A signal's name, such as SIGTERM."""
+        return signal.Signals(number).name
+
+    def _receive(self, number: int, _frame: FrameType | None) -> None:
+        now = time.monotonic()
+        if not self.received:
+            self.received, self._since = number, now
+            self._say(f"{self.name(number)}: saving and stopping; a second signal ends the run now")
+        elif now - self._since > SAME_REQUEST_SECONDS:
+            self._say(f"{self.name(number)}: ended by a second signal, without a save")
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+
+    def _say(self, text: str) -> None:
+        # Not by print: the code that the signal interrupts may hold the stream's buffer.
+        if os.environ.get("RANK", "0") == "0":
+            os.write(2, f"{text}\n".encode())

@@ -1,0 +1,343 @@
+"""A training's state: saved as a whole after any update, restored under the same settings."""
+
+import contextlib
+import errno
+import fcntl
+import os
+import socket
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import timm
+import torch
+import torchvision
+from torch import Tensor, nn
+
+import util
+from util import distributed
+from util.checkpoint import BEST, LAST, find_checkpoint, save_checkpoint
+from util.errors import UserError, warn
+from util.image_files import ImagePaths
+from util.precision import dtype_name
+from util.stopping import StopSignals
+
+if TYPE_CHECKING:
+    from util.logs import Meter
+
+FORMAT = 2
+
+
+@dataclass
+class TrainingState:
+    """Where a training stands, and the objects that hold the rest of it.
+
+    Attributes:
+        model: what is trained, without a data-parallel wrapper.
+        optimizer, scaler: as the engines take them.
+        epoch: the epoch that is being trained, from 0.
+        step: how many steps of this epoch are done.
+        totals: the `Meter`'s sums over these steps.
+        best: the best score so far; None before there is one.
+    """
+
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler
+    epoch: int = 0
+    step: int = 0
+    totals: dict[str, float] = field(default_factory=dict)
+    best: float | None = None
+
+    def begin_next_epoch(self) -> None:
+        """Move on to the first step of the next epoch."""
+        self.epoch, self.step, self.totals = self.epoch + 1, 0, {}
+
+
+def defining_settings(
+    flags: dict[str, Any],
+    *,
+    images: ImagePaths,
+    process: distributed.Process,
+    amp_dtype: torch.dtype | None,
+    **others: Any,
+) -> dict[str, Any]:
+    """What defines a training, by name: a checkpoint resumes only under equal settings.
+
+    Args:
+        flags: the flags that a resumed training may not change, see `flags.fixed`.
+        images: those of the training.
+        process: this process, for their number.
+        amp_dtype: a `resolve_amp` type.
+        others: further settings.
+    """
+    return {
+        **flags,
+        "processes": process.world_size,
+        "images": len(images),
+        "image_names": images.fingerprint,
+        "dtype": dtype_name(amp_dtype),
+        **others,
+    }
+
+
+@contextlib.contextmanager
+def lock(output_dir: str, process: distributed.Process) -> Iterator[None]:
+    """Keep other runs out of output_dir within this context; the lock dies with the process.
+
+    Raises:
+        UserError: another run holds it.
+    """
+    if not process.is_main:
+        yield
+        return
+    # "a": a run that is refused must not empty the file. Locks of this kind belong to the process,
+    # so that a worker that outlives it for some seconds doesn't hold them.
+    with open(Path(output_dir) / ".lock", "a+") as file:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno in (errno.EACCES, errno.EAGAIN):
+                file.seek(0)
+                raise UserError(
+                    f"another run ({file.read().strip()}) is using {output_dir}: stop it, "
+                    "or choose another --output_dir"
+                ) from error
+            warn(
+                f"{output_dir} can't be locked ({error.strerror}): see to it that no other run "
+                "uses it"
+            )
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+        file.flush()
+        yield
+
+
+class Checkpoints:
+    """The checkpoints of a training in output_dir: rank 0 writes, once all processes agree.
+
+    Args:
+        output_dir: the folder of the checkpoints.
+        process: this `distributed.Process`.
+        signals: the run's `StopSignals`, which ask for a save and a stop.
+        settings: as of `defining_settings`.
+        contents: further entries of every checkpoint, such as "command" and "args".
+        epochs: the training's length.
+        save_every: epochs between the numbered checkpoints.
+        save_minutes: how often `LAST` is renewed within an epoch.
+    """
+
+    def __init__(
+        self,
+        output_dir: str | Path,
+        process: distributed.Process,
+        *,
+        signals: StopSignals,
+        settings: dict[str, Any],
+        contents: dict[str, Any],
+        epochs: int,
+        save_every: int,
+        save_minutes: float,
+    ) -> None:
+        self.output_dir = Path(output_dir)
+        self.process = process
+        self.signals = signals
+        self.settings = settings
+        self.contents = contents
+        self.epochs = epochs
+        self.save_every = save_every
+        self.save_seconds = 60 * save_minutes
+        self.last_save_succeeded = True
+        self._next_save = time.monotonic() + self.save_seconds
+        self._agree = distributed.Agreement()
+
+    def restore(self, state: TrainingState, resume: str) -> None:
+        """Load a checkpoint into `state`, if there is one.
+
+        Args:
+            state: a new training's state.
+            resume: `--resume`, see `find_checkpoint`.
+
+        Raises:
+            UserError: the checkpoint is unusable or belongs to another training.
+        """
+        if any(other != self.settings for other in distributed.gather(self.settings)):
+            raise UserError("the processes were given different flags or see different files")
+        found = find_checkpoint(resume, self.output_dir)
+        progress = found and (found[0].get("epoch"), found[0].get("step"))
+        if any(other != progress for other in distributed.gather(progress)):
+            raise UserError(
+                f"the processes find different checkpoints in {self.output_dir}: it must be on a "
+                "file system that all of them share"
+            )
+        if found is None:
+            return
+        contents, path = found
+        self._check_same_training(contents, path)
+        for name in ("model", "optimizer", "scaler"):
+            if contents[name]:  # a disabled scaler's is empty
+                getattr(state, name).load_state_dict(contents[name])
+        state.epoch, state.step, state.best = contents["epoch"], contents["step"], contents["best"]
+        if self.process.is_main:
+            print(f"resuming {path} after step {state.step} of epoch {state.epoch}", flush=True)
+        if contents["totals"] is None:
+            state.begin_next_epoch()
+        else:
+            state.totals = contents["totals"]
+
+    def _check_same_training(self, contents: dict[str, Any], path: str | Path) -> None:
+        command = self.contents["command"]
+        if contents.get("command") != command or contents.get("format") not in (1, FORMAT):
+            raise UserError(
+                f"{path} is not a training state of {command} and can't be resumed: "
+                "use another --output_dir"
+            )
+        saved = contents["training"]
+        if contents["format"] == 1:  # version 0.1, whose --amp auto was float32 on a CPU
+            auto_on_cpu = saved["amp"] == "auto" and self.process.device.type == "cpu"
+            saved = {**saved, "dtype": "float32" if auto_on_cpu else self.settings["dtype"]}
+        changed = [
+            f"{name} ({saved.get(name)} -> {value})"
+            for name, value in self.settings.items()
+            if saved.get(name) != value
+        ]
+        if changed:
+            hint = ""
+            if saved.get("dtype") != self.settings["dtype"]:
+                hint = "; --amp chooses the dtype: off is float32"
+            raise UserError(
+                f"{path} belongs to a training with other settings: {', '.join(changed)}; restore "
+                f"them, or start anew in another --output_dir{hint}"
+            )
+
+    def save_if_due(self, state: TrainingState, meter: "Meter") -> None:
+        """After an update: renew `LAST` if it is time, or if a signal asks to stop.
+
+        Raises:
+            SystemExit: a process got a signal; the state is saved.
+        """
+        now = time.monotonic()
+        is_time = self.process.is_main and now >= self._next_save
+        if is_time:
+            self._next_save = now + self.save_seconds
+        # What all processes do now: 0 go on, 1 save, 1 + a signal's number save and stop.
+        agreed = self._agree(1 + self.signals.received if self.signals.received else int(is_time))
+        if agreed:
+            meter.flush()
+            self._save(LAST, state)
+        if agreed > 1:
+            self._agree.settle()
+            self._stop(state, agreed - 1)
+
+    def save_last(self, state: TrainingState) -> None:
+        """Renew `LAST`, after an epoch's last step: the evaluation that follows may fail."""
+        self._save(LAST, state)
+
+    def keeps(self, epoch: int) -> bool:
+        """Whether the epoch's checkpoint is kept under its number."""
+        return (epoch + 1) % self.save_every == 0 or epoch + 1 == self.epochs
+
+    def save_epoch(self, state: TrainingState, score: float | None = None) -> None:
+        """Save an epoch that is trained, evaluated and logged, and stop if a signal asks for it.
+
+        Args:
+            state: after the epoch's last step.
+            score: the epoch with the highest one is saved as `BEST`.
+
+        Raises:
+            SystemExit: a process got a signal, and epochs are left to train.
+        """
+        if score is not None and (state.best is None or score > state.best):
+            state.best = score
+            self._save(BEST, state, epoch_is_done=True)
+        if self.keeps(state.epoch):
+            self._save(f"checkpoint-{state.epoch}.pth", state, epoch_is_done=True)
+        self._save(LAST, state, epoch_is_done=True)
+        received = max(distributed.gather(self.signals.received))
+        if received and state.epoch + 1 < self.epochs:
+            self._agree.settle()
+            self._stop(state, received)
+
+    def finish(self) -> None:
+        """End a training; a UserError if its last checkpoint could not be written."""
+        self._agree.settle()
+        if not self.last_save_succeeded:
+            raise UserError(
+                f"the final checkpoint could not be written to {self.output_dir}: free some space"
+            )
+
+    def _save(self, name: str, state: TrainingState, epoch_is_done: bool = False) -> None:
+        """Write `state` as output_dir/`name`; returns in all processes once it is on the disk.
+
+        A file that can't be written is a warning, and leaves an older one of its name untouched.
+
+        Raises:
+            UserError: the state is not finite; nothing is written.
+        """
+        contents = {
+            "model": state.model.state_dict(),
+            "optimizer": state.optimizer.state_dict(),
+            "scaler": state.scaler.state_dict(),
+            "epoch": state.epoch,
+            "step": state.step,
+            "totals": None if epoch_is_done else state.totals,
+            "best": state.best,
+            "versions": {"mae": util.__version__}
+            | {
+                library.__name__: str(library.__version__)
+                for library in (np, timm, torch, torchvision)
+            },
+            "format": FORMAT,
+            **self.contents,
+            "training": self.settings,
+        }
+        for part in ("model", "optimizer"):
+            if not all(tensor.isfinite().all() for tensor in _tensors(contents[part])):
+                raise UserError(
+                    f"the {part} holds values that are not finite after step {state.step} of epoch "
+                    f"{state.epoch}, no checkpoint is written: resume the last one with a lower "
+                    "--lr"
+                )
+        self._next_save = time.monotonic() + self.save_seconds
+        succeeded = True
+        if self.process.is_main:
+            try:
+                save_checkpoint(self.output_dir / name, _on_cpu(contents))
+            except OSError as error:
+                warn(f"{error}; the previous checkpoint, if any, is intact")
+                succeeded = False
+        # torchrun kills the processes that are left when the first one has gone.
+        self.last_save_succeeded = all(distributed.gather(succeeded))
+
+    def _stop(self, state: TrainingState, received: int) -> None:
+        outcome = f"the same command continues from {self.output_dir / LAST}"
+        if not self.last_save_succeeded:
+            outcome = "this state could not be saved"
+        if self.process.is_main:
+            print(
+                f"{self.signals.name(received)}: stopped after step {state.step} of epoch "
+                f"{state.epoch}; {outcome}",
+                flush=True,
+            )
+        raise SystemExit(128 + received)
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    """All tensors in nested dicts and lists."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, (dict, list)):
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from _tensors(item)
+
+
+def _on_cpu(value: Any) -> Any:
+    """The same value with all tensors in nested dicts and lists on the CPU."""
+    if isinstance(value, Tensor):
+        return value.cpu()
+    if isinstance(value, dict):
+        return {key: _on_cpu(item) for key, item in value.items()}
+    return [_on_cpu(item) for item in value] if isinstance(value, list) else value
