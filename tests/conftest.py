@@ -1,38 +1,19 @@
-"""A small model, an image folder and a way to run the command, which many tests use."""
+"""Fixtures of many tests: an image folder, small models, and commands to run on them."""
 
-import json
-import os
-import signal
-import subprocess
-import sys
-from pathlib import Path
-
-import numpy as np
 import pytest
 import tiny_finetune  # noqa: F401, for its model
 import tiny_pretrain  # noqa: F401, for its model
 import torch
-from PIL import Image
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import main_finetune
 import main_linprobe
 import main_pretrain
 import models_mae
-from util.checkpoint import load_checkpoint
 from util.errors import UserError
 from util.loading import ImageLoader
 
-ROOT = Path(__file__).parent.parent
-
-
-def write_images(folder, count, size=(12, 10), seed=0):
-    """Write `count` PNG images of smooth random colours, named 000.png, 001.png, ..."""
-    folder.mkdir(parents=True, exist_ok=True)
-    random = np.random.default_rng(seed)
-    for index in range(count):
-        coarse = random.integers(0, 256, (3, 3, 3), dtype=np.uint8)
-        Image.fromarray(coarse).resize(size, Image.BICUBIC).save(folder / f"{index:03d}.png")
+pytest.register_assert_rewrite("helpers")  # before its import: its asserts then show their values
+from helpers import runner, write_images  # noqa: E402
 
 
 @pytest.fixture(scope="session")
@@ -59,6 +40,7 @@ def pretrain_flags(image_folder, tmp_path):
         "warmup_epochs": 1,
         "lr": 1e-2,
         "num_workers": 0,
+        "amp": "off",
         "device": "cpu",
     }
 
@@ -93,10 +75,6 @@ def spied_batches(monkeypatch):
     return batches
 
 
-def runner(command):
-    return lambda flags: command.main(command.get_args_parser().parse_args(command_line(flags)))
-
-
 @pytest.fixture
 def pretrain():
     """Runs main_pretrain with flags, in this process."""
@@ -125,97 +103,3 @@ def user_error():
         return str(caught.value)
 
     return message
-
-
-def command_line(flags):
-    """Flags as words: {"lr": 1, "compile": True} becomes ["--lr", "1", "--compile"]."""
-    words = []
-    for name, value in flags.items():
-        values = value if isinstance(value, (list, tuple)) else [value]
-        words += [f"--{name}", *(str(v) for v in values if v is not True)]
-    return words
-
-
-def start(script, flags, processes=1, **popen):
-    """Start a script of the tests or of the project, under torchrun for several processes."""
-    launcher = [sys.executable]
-    if processes > 1:
-        launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    return subprocess.Popen(
-        [*launcher, str(ROOT / script), *command_line(flags)],
-        cwd=ROOT,
-        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        **popen,
-    )
-
-
-def final_state(output_dir, figure="val_loss"):
-    """Weights, optimizer state and logged losses of a finished run."""
-    contents = load_checkpoint(output_dir / "checkpoint-last.pth")
-    records = [json.loads(line) for line in (output_dir / "log.txt").read_text().splitlines()]
-    losses = [(r["epoch"], r["train_loss"], r[figure]) for r in records]
-    return contents["model"], contents["optimizer"], losses
-
-
-def assert_same_bits(state, other):
-    """Two `final_state`s are equal to the last bit."""
-    assert state[2] == other[2]
-    for weights, others in ((state[0], other[0]), (state[1]["state"], other[1]["state"])):
-        flat, others = (
-            {
-                (k, n): t
-                for k, v in d.items()
-                for n, t in (v if isinstance(v, dict) else {0: v}).items()
-            }
-            for d in (weights, others)
-        )
-        assert flat.keys() == others.keys()
-        assert all(torch.equal(flat[key], others[key]) for key in flat)
-
-
-def kill_and_resume(script, flags, number, lines):
-    """Send a run a signal after so many lines on its steps, then run it to its end.
-
-    With two steps an update and `save_minutes` 0, the third line tells of a checkpoint.
-    """
-    process = start(script, flags)
-    shown = (line for line in process.stdout if line.startswith("epoch "))
-    for _ in range(lines):
-        next(shown)
-    process.send_signal(number)
-    rest, err = process.communicate(timeout=60)
-    if number == signal.SIGKILL:
-        assert process.returncode == -9
-    elif process.returncode != 0:  # it may have been done when the signal came
-        assert process.returncode == 128 + number, err
-        assert f"{number.name}: stopped after step" in rest
-    code, out, err = run(script, flags)
-    assert code == 0, err
-    assert "resuming" in out
-
-
-def events(log_dir):
-    """TensorBoard scalars as {tag: {x: value}}, and the image tags with their x."""
-    accumulator = EventAccumulator(str(log_dir)).Reload()
-    scalars = {
-        tag: {event.step: event.value for event in accumulator.Scalars(tag)}
-        for tag in accumulator.Tags()["scalars"]
-    }
-    images = {
-        tag: [event.step for event in accumulator.Images(tag)]
-        for tag in accumulator.Tags()["images"]
-    }
-    return scalars, images
-
-
-def run(script, flags, processes=1, timeout=120, **popen):
-    """Run a script to its end; returns (exit code, stdout, stderr)."""
-    process = start(script, flags, processes, **popen)
-    try:
-        out, err = process.communicate(timeout=timeout)
-    finally:
-        process.kill()
-    return process.returncode, out, err

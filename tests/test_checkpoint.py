@@ -9,7 +9,7 @@ import sys
 
 import pytest
 import torch
-from conftest import ROOT, run
+from helpers import ROOT, run
 
 from util.checkpoint import find_checkpoint, load_checkpoint, save_checkpoint
 

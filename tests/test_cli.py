@@ -4,7 +4,7 @@ from functools import partial
 
 import pytest
 import torch
-from conftest import command_line, run, write_images
+from helpers import command_line, run, write_images
 
 import main_finetune
 import main_linprobe

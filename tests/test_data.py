@@ -1,6 +1,5 @@
 """From image files to batches, against Pillow, torchvision's Pillow transforms and hand counts."""
 
-import functools
 import gc
 import io
 import itertools
@@ -17,6 +16,7 @@ import zlib
 import numpy as np
 import pytest
 import torch
+from helpers import CPU, difference, encode, fill, photograph, pixels, resize_in_passes
 from PIL import Image
 from torchvision import transforms
 
@@ -24,43 +24,12 @@ from util import data, image_files, loading
 from util.distributed import Process
 from util.errors import UserError
 
-CPU = torch.device("cpu")
 ALONE = Process(0, 1, CPU)
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 # ---- images and folders to test on
-
-
-@functools.cache
-def photograph(width, height, seed=0):
-    """An RGB image of smooth colours with some texture."""
-    random = np.random.default_rng(seed)
-    coarse = random.integers(0, 256, (height // 40 + 3, width // 40 + 3, 3), dtype=np.uint8)
-    smooth = np.asarray(Image.fromarray(coarse).resize((width, height), Image.BICUBIC))
-    textured = smooth + random.normal(0, 5, (height, width, 1))
-    return Image.fromarray(textured.clip(0, 255).astype(np.uint8))
-
-
-def in_mode(mode):
-    """A photograph in one of Pillow's modes; where there is an alpha channel, it varies."""
-    image = photograph(61, 47)
-    if mode == "P":
-        return image.quantize(40)
-    if mode in ("LA", "RGBA"):
-        image = image.convert(mode)
-        image.putalpha(photograph(61, 47, seed=1).convert("L"))
-    return image.convert(mode)
-
-
-def encode(image_format, mode="RGB", **options):
-    """A photograph as the bytes of a file; with `save_all` an animation that begins with it."""
-    if "save_all" in options:
-        options = options | {"append_images": [photograph(61, 47, seed=2)]}
-    buffer = io.BytesIO()
-    in_mode(mode).save(buffer, image_format, **options)
-    return buffer.getvalue()
 
 
 def png_file(width, height, depth, color_type, compressed):
@@ -73,32 +42,9 @@ def png_file(width, height, depth, color_type, compressed):
     )
 
 
-def fill(root, names, content=None):
-    """Write files of these names below `root`: readable images, if no content is given."""
-    for name in names:
-        path = os.path.join(os.fsencode(root), os.fsencode(name))
-        os.makedirs(os.path.dirname(path), exist_ok=True)
-        with open(path, "wb") as file:
-            file.write(encode("JPEG") if content is None else content)
-    return root
-
-
 def relative_names(paths):
     """What an ImagePaths lists, without its folder."""
     return [os.path.relpath(path, os.fsdecode(paths.root)) for path in paths]
-
-
-def pixels(image):
-    """A Pillow image in RGB as a tensor [3, height, width]."""
-    return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
-
-
-def difference(image, expected):
-    """Of two uint8 images in levels: (the largest, the mean)."""
-    assert image.dtype == torch.uint8
-    assert image.shape == expected.shape
-    levels = (image.int() - expected.int()).abs()
-    return levels.max().item(), levels.float().mean().item()
 
 
 @pytest.fixture(scope="session")
@@ -287,15 +233,6 @@ def test_a_damaged_png_is_unreadable_and_crashes_no_worker(tmp_path, content):
 
 
 # ---- transforms
-
-
-def resize_in_passes(image, height, width):
-    """Pillow's bicubic resize, widths first, as it always was before Pillow chose an order.
-
-    Its own choice rounds the pixels in between at another place, which moves a quarter of them by
-    one level.
-    """
-    return image.resize((width, image.height), Image.BICUBIC).resize((width, height), Image.BICUBIC)
 
 
 @pytest.fixture(params=[(500, 375), (640, 427), (375, 500), (28, 28)], ids=str)

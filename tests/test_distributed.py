@@ -6,7 +6,7 @@ import time
 
 import pytest
 import torch
-from conftest import final_state, run, start, write_images
+from helpers import final_state, run, start, write_images
 
 from util.distributed import Process
 from util.loading import ShuffledBatches

@@ -1,7 +1,6 @@
 """Fine-tuning and evaluation as their users run them, against timm and loops written by hand."""
 
 import json
-import random
 import re
 import signal
 from functools import partial
@@ -9,10 +8,11 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-from conftest import (
+from helpers import (
     assert_same_bits,
     events,
     final_state,
+    finetune_kill_flags,
     kill_and_resume,
     run,
     start,
@@ -127,45 +127,21 @@ def test_one_epoch_equals_a_loop_written_by_hand(
     assert logged[0][1] == pytest.approx(np.mean(losses), rel=1e-5)
 
 
-def kill_flags(image_folder, encoder, output_dir):
-    return {
-        "data_path": image_folder,
-        "output_dir": output_dir,
-        "finetune": encoder,
-        "model": "tiny_test_vit",
-        "nb_classes": 2,
-        "input_size": 8,
-        "batch_size": 2,
-        "accum_iter": 2,
-        "epochs": 3,
-        "warmup_epochs": 1,
-        "lr": 1e-3,
-        "clip_grad": 1,
-        "drop_path": 0.2,
-        "mixup": 0.8,
-        "cutmix": 1.0,
-        "save_minutes": 0,
-        "log_every": 1,
-        "num_workers": 0,
-        "device": "cpu",
-    }
-
-
 @pytest.fixture(scope="module")
 def uninterrupted(image_folder, encoder, tmp_path_factory):
     """The final state, best accuracy and best checkpoint of a run that nothing disturbed."""
     output_dir = tmp_path_factory.mktemp("uninterrupted")
-    code, _, err = run(SCRIPT, kill_flags(image_folder, encoder, output_dir))
+    code, _, err = run(SCRIPT, finetune_kill_flags(image_folder, encoder, output_dir))
     assert code == 0, err
     return output_dir
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+@pytest.mark.parametrize(("number", "kill_line"), [(signal.SIGKILL, 20), (signal.SIGTERM, 7)])
 def test_killed_and_resumed_equals_uninterrupted(
-    image_folder, encoder, tmp_path, uninterrupted, number
+    image_folder, encoder, tmp_path, uninterrupted, number, kill_line
 ):
-    flags = kill_flags(image_folder, encoder, tmp_path)
-    kill_and_resume(SCRIPT, flags, number, lines=random.randint(3, 24))
+    flags = finetune_kill_flags(image_folder, encoder, tmp_path)
+    kill_and_resume(SCRIPT, flags, number, kill_line)
     assert_same_bits(final_state(tmp_path, "test_loss"), final_state(uninterrupted, "test_loss"))
     best, expected = (
         load_checkpoint(folder / "checkpoint-best.pth") for folder in (tmp_path, uninterrupted)
@@ -174,7 +150,7 @@ def test_killed_and_resumed_equals_uninterrupted(
 
 
 def test_workers_do_not_change_the_result(image_folder, encoder, tmp_path, uninterrupted):
-    flags = kill_flags(image_folder, encoder, tmp_path) | {"num_workers": 2}
+    flags = finetune_kill_flags(image_folder, encoder, tmp_path) | {"num_workers": 2}
     code, _, err = run(SCRIPT, flags)
     assert code == 0, err
     assert_same_bits(final_state(tmp_path, "test_loss"), final_state(uninterrupted, "test_loss"))
@@ -278,6 +254,7 @@ def eval_flags(album, classifier, output_dir):
         "input_size": 8,
         "batch_size": 8,
         "num_workers": 0,
+        "amp": "off",
         "device": "cpu",
     }
 

@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 import torch
+from helpers import CPU, difference, fill, photograph, pixels, resize_in_passes
 from PIL import Image
-from test_data import CPU, difference, fill, photograph, pixels, resize_in_passes
 from timm.data import auto_augment, create_transform
 from timm.layers import to_2tuple
 from torchvision.datasets import ImageFolder

@@ -1,12 +1,10 @@
 """The linear probe as its users run it, against a loop written by hand."""
 
-import random
 import signal
 
 import pytest
 import torch
-from conftest import assert_same_bits, final_state, kill_and_resume, run
-from test_finetune import kill_flags
+from helpers import assert_same_bits, final_state, kill_and_resume, linprobe_kill_flags, run
 from torch import nn
 
 import models_vit
@@ -90,20 +88,22 @@ def test_checkpoints_hold_the_head_alone(classify_flags, linprobe):
     assert contents["classes"] == ["a", "b"]
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
-def test_killed_and_resumed_equals_uninterrupted(image_folder, encoder, tmp_path, number):
-    states = []
-    for name in ("undisturbed", "killed"):
-        flags = kill_flags(image_folder, encoder, tmp_path / name)
-        for finetuning_only in ("drop_path", "mixup", "cutmix"):
-            del flags[finetuning_only]
-        if name == "killed":
-            kill_and_resume(SCRIPT, flags, number, lines=random.randint(3, 24))
-        else:
-            code, _, err = run(SCRIPT, flags)
-            assert code == 0, err
-        states.append(final_state(flags["output_dir"], "test_loss"))
-    assert_same_bits(*states)
+@pytest.fixture(scope="module")
+def uninterrupted(image_folder, encoder, tmp_path_factory):
+    """The final state of a run that nothing disturbed."""
+    output_dir = tmp_path_factory.mktemp("uninterrupted")
+    code, _, err = run(SCRIPT, linprobe_kill_flags(image_folder, encoder, output_dir))
+    assert code == 0, err
+    return final_state(output_dir, "test_loss")
+
+
+@pytest.mark.parametrize(("number", "kill_line"), [(signal.SIGKILL, 13), (signal.SIGTERM, 4)])
+def test_killed_and_resumed_equals_uninterrupted(
+    image_folder, encoder, tmp_path, uninterrupted, number, kill_line
+):
+    flags = linprobe_kill_flags(image_folder, encoder, tmp_path)
+    kill_and_resume(SCRIPT, flags, number, kill_line)
+    assert_same_bits(final_state(tmp_path, "test_loss"), uninterrupted)
 
 
 @pytest.mark.parametrize("processes", [1, 2])

@@ -1,14 +1,21 @@
 """Pre-training as its users run it: outputs, accumulation, resuming after any death."""
 
 import json
-import random
 import signal
 import time
 
 import numpy as np
 import pytest
 import torch
-from conftest import assert_same_bits, events, final_state, kill_and_resume, run, write_images
+from helpers import (
+    assert_same_bits,
+    events,
+    final_state,
+    kill_and_resume,
+    pretrain_kill_flags,
+    run,
+    write_images,
+)
 from PIL import Image
 
 import models_mae
@@ -26,43 +33,32 @@ SCRIPT = "tests/tiny_pretrain.py"
 def uninterrupted(image_folder, tmp_path_factory):
     """The final state of a run of three epochs that nothing disturbed."""
     output_dir = tmp_path_factory.mktemp("uninterrupted")
-    flags = kill_flags(image_folder, output_dir)
-    code, _, err = run(SCRIPT, flags)
+    code, _, err = run(SCRIPT, pretrain_kill_flags(image_folder, output_dir))
     assert code == 0, err
     return final_state(output_dir)
 
 
-def kill_flags(image_folder, output_dir, workers=0):
-    return {
-        "data_path": image_folder,
-        "output_dir": output_dir,
-        "model": "tiny_test_model",
-        "input_size": 8,
-        "batch_size": 2,
-        "accum_iter": 2,
-        "epochs": 3,
-        "warmup_epochs": 1,
-        "lr": 1e-2,
-        "clip_grad": 1,
-        "save_minutes": 0,
-        "log_every": 1,
-        "num_workers": workers,
-        "device": "cpu",
-    }
-
-
-@pytest.mark.parametrize("workers", [0, 2])
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize(
+    ("number", "workers", "kill_line"),
+    [
+        (signal.SIGKILL, 0, 3),
+        (signal.SIGTERM, 0, 10),
+        (signal.SIGINT, 0, 19),
+        (signal.SIGKILL, 2, 16),
+        (signal.SIGTERM, 2, 24),
+        (signal.SIGINT, 2, 6),
+    ],
+)
 def test_killed_and_resumed_equals_uninterrupted(
-    image_folder, tmp_path, uninterrupted, number, workers
+    image_folder, tmp_path, uninterrupted, number, workers, kill_line
 ):
-    flags = kill_flags(image_folder, tmp_path, workers)
-    kill_and_resume(SCRIPT, flags, number, lines=random.randint(3, 24))
+    flags = pretrain_kill_flags(image_folder, tmp_path, workers)
+    kill_and_resume(SCRIPT, flags, number, kill_line)
     assert_same_bits(final_state(tmp_path), uninterrupted)
 
 
 def test_workers_do_not_change_the_result(image_folder, tmp_path, uninterrupted):
-    code, _, err = run(SCRIPT, kill_flags(image_folder, tmp_path, workers=3))
+    code, _, err = run(SCRIPT, pretrain_kill_flags(image_folder, tmp_path, workers=3))
     assert code == 0, err
     assert_same_bits(final_state(tmp_path), uninterrupted)
 

@@ -5,7 +5,7 @@ import argparse
 import numpy as np
 import pytest
 import torch
-from conftest import command_line
+from helpers import command_line
 from PIL import Image
 
 import main_visualize

@@ -1,0 +1,244 @@
+"""What several tests share: images, commands in this process or in their own, finished runs."""
+
+import functools
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from util.checkpoint import load_checkpoint
+
+ROOT = Path(__file__).parent.parent
+CPU = torch.device("cpu")
+
+
+# ---- images
+
+
+def write_images(folder, count, size=(12, 10), seed=0):
+    """Write `count` PNG images of smooth random colours, named 000.png, 001.png, ..."""
+    folder.mkdir(parents=True, exist_ok=True)
+    random = np.random.default_rng(seed)
+    for index in range(count):
+        coarse = random.integers(0, 256, (3, 3, 3), dtype=np.uint8)
+        Image.fromarray(coarse).resize(size, Image.BICUBIC).save(folder / f"{index:03d}.png")
+
+
+@functools.cache
+def photograph(width, height, seed=0):
+    """An RGB image of smooth colours with some texture."""
+    random = np.random.default_rng(seed)
+    coarse = random.integers(0, 256, (height // 40 + 3, width // 40 + 3, 3), dtype=np.uint8)
+    smooth = np.asarray(Image.fromarray(coarse).resize((width, height), Image.BICUBIC))
+    textured = smooth + random.normal(0, 5, (height, width, 1))
+    return Image.fromarray(textured.clip(0, 255).astype(np.uint8))
+
+
+def in_mode(mode):
+    """A photograph in one of Pillow's modes; where there is an alpha channel, it varies."""
+    image = photograph(61, 47)
+    if mode == "P":
+        return image.quantize(40)
+    if mode in ("LA", "RGBA"):
+        image = image.convert(mode)
+        image.putalpha(photograph(61, 47, seed=1).convert("L"))
+    return image.convert(mode)
+
+
+def encode(image_format, mode="RGB", **options):
+    """A photograph as the bytes of a file; with `save_all` an animation that begins with it."""
+    if "save_all" in options:
+        options = options | {"append_images": [photograph(61, 47, seed=2)]}
+    buffer = io.BytesIO()
+    in_mode(mode).save(buffer, image_format, **options)
+    return buffer.getvalue()
+
+
+def fill(root, names, content=None):
+    """Write files of these names below `root`: readable images, if no content is given."""
+    for name in names:
+        path = os.path.join(os.fsencode(root), os.fsencode(name))
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        with open(path, "wb") as file:
+            file.write(encode("JPEG") if content is None else content)
+    return root
+
+
+def pixels(image):
+    """A Pillow image in RGB as a tensor [3, height, width]."""
+    return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
+
+
+def difference(image, expected):
+    """Of two uint8 images in levels: (the largest, the mean)."""
+    assert image.dtype == torch.uint8
+    assert image.shape == expected.shape
+    levels = (image.int() - expected.int()).abs()
+    return levels.max().item(), levels.float().mean().item()
+
+
+def resize_in_passes(image, height, width):
+    """Pillow's bicubic resize, widths first, as it always was before Pillow chose an order.
+
+    Its own choice rounds the pixels in between at another place, which moves a quarter of them by
+    one level.
+    """
+    return image.resize((width, image.height), Image.BICUBIC).resize((width, height), Image.BICUBIC)
+
+
+# ---- commands
+
+
+def command_line(flags):
+    """Flags as words: {"lr": 1, "compile": True} becomes ["--lr", "1", "--compile"]."""
+    words = []
+    for name, value in flags.items():
+        values = value if isinstance(value, (list, tuple)) else [value]
+        words += [f"--{name}", *(str(v) for v in values if v is not True)]
+    return words
+
+
+def runner(command):
+    return lambda flags: command.main(command.get_args_parser().parse_args(command_line(flags)))
+
+
+def start(script, flags, processes=1, **popen):
+    """Start a script of the tests or of the project, under torchrun for several processes."""
+    launcher = [sys.executable]
+    if processes > 1:
+        launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    return subprocess.Popen(
+        [*launcher, str(ROOT / script), *command_line(flags)],
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        **popen,
+    )
+
+
+def run(script, flags, processes=1, timeout=120, **popen):
+    """Run a script to its end; returns (exit code, stdout, stderr)."""
+    process = start(script, flags, processes, **popen)
+    try:
+        out, err = process.communicate(timeout=timeout)
+    finally:
+        process.kill()
+    return process.returncode, out, err
+
+
+# ---- runs that are killed, and what finished ones left
+
+
+# Flags of a run of 27 steps, in 15 updates, that saves after each. Its first checkpoint is on the
+# disk when the third of its lines on steps is shown.
+KILL_FLAGS = {
+    "input_size": 8,
+    "batch_size": 2,
+    "accum_iter": 2,
+    "epochs": 3,
+    "warmup_epochs": 1,
+    "clip_grad": 1,
+    "save_minutes": 0,
+    "log_every": 1,
+    "num_workers": 0,
+    "amp": "off",
+    "device": "cpu",
+}
+
+
+def pretrain_kill_flags(image_folder, output_dir, workers=0):
+    """Flags of tiny_pretrain.py for a run to kill."""
+    return KILL_FLAGS | {
+        "data_path": image_folder,
+        "output_dir": output_dir,
+        "model": "tiny_test_model",
+        "lr": 1e-2,
+        "num_workers": workers,
+    }
+
+
+def linprobe_kill_flags(image_folder, encoder, output_dir):
+    """Flags of tiny_linprobe.py for a run to kill."""
+    return KILL_FLAGS | {
+        "data_path": image_folder,
+        "output_dir": output_dir,
+        "finetune": encoder,
+        "model": "tiny_test_vit",
+        "nb_classes": 2,
+        "lr": 1e-3,
+    }
+
+
+def finetune_kill_flags(image_folder, encoder, output_dir):
+    """Flags of tiny_finetune.py for a run to kill."""
+    augmentation = {"drop_path": 0.2, "mixup": 0.8, "cutmix": 1.0}
+    return linprobe_kill_flags(image_folder, encoder, output_dir) | augmentation
+
+
+def kill_and_resume(script, flags, number, kill_line):
+    """Send a run a signal after so many lines on its steps, then run it to its end.
+
+    With two steps an update and `save_minutes` 0, the third line tells of a checkpoint.
+    """
+    process = start(script, flags)
+    shown = (line for line in process.stdout if line.startswith("epoch "))
+    for _ in range(kill_line):
+        next(shown)
+    process.send_signal(number)
+    rest, err = process.communicate(timeout=60)
+    if number == signal.SIGKILL:
+        assert process.returncode == -9
+    elif process.returncode != 0:  # it may have been done when the signal came
+        assert process.returncode == 128 + number, err
+        assert f"{number.name}: stopped after step" in rest
+    code, out, err = run(script, flags)
+    assert code == 0, err
+    assert "resuming" in out
+
+
+def final_state(output_dir, figure="val_loss"):
+    """Weights, optimizer state and logged losses of a finished run."""
+    contents = load_checkpoint(output_dir / "checkpoint-last.pth")
+    records = [json.loads(line) for line in (output_dir / "log.txt").read_text().splitlines()]
+    losses = [(r["epoch"], r["train_loss"], r[figure]) for r in records]
+    return contents["model"], contents["optimizer"], losses
+
+
+def assert_same_bits(state, other):
+    """Two `final_state`s are equal to the last bit."""
+    assert state[2] == other[2]
+    for weights, others in ((state[0], other[0]), (state[1]["state"], other[1]["state"])):
+        flat, others = (
+            {
+                (k, n): t
+                for k, v in d.items()
+                for n, t in (v if isinstance(v, dict) else {0: v}).items()
+            }
+            for d in (weights, others)
+        )
+        assert flat.keys() == others.keys()
+        assert all(torch.equal(flat[key], others[key]) for key in flat)
+
+
+def events(log_dir):
+    """TensorBoard scalars as {tag: {x: value}}, and the image tags with their x."""
+    accumulator = EventAccumulator(str(log_dir)).Reload()
+    scalars = {
+        tag: {event.step: event.value for event in accumulator.Scalars(tag)}
+        for tag in accumulator.Tags()["scalars"]
+    }
+    images = {
+        tag: [event.step for event in accumulator.Images(tag)]
+        for tag in accumulator.Tags()["images"]
+    }
+    return scalars, images
