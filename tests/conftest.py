@@ -64,14 +64,14 @@ def classify_flags(pretrain_flags, encoder):
 def spied_batches(monkeypatch):
     """The (images, labels) of every training step, before erasing and mixup."""
     batches = []
-    original = ImageLoader.epoch
+    original = ImageLoader.train_batches
 
     def spy(self, *position):
-        for step, imgs, labels in original(self, *position):
-            batches.append((imgs.clone(), labels.clone()))
-            yield step, imgs, labels
+        for batch in original(self, *position):
+            batches.append((batch.imgs.clone(), batch.labels.clone()))
+            yield batch
 
-    monkeypatch.setattr(ImageLoader, "epoch", spy)
+    monkeypatch.setattr(ImageLoader, "train_batches", spy)
     return batches
 
 

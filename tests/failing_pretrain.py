@@ -9,14 +9,14 @@ import main_pretrain
 from models_mae import MaskedAutoencoderViT
 from util import cli
 
-patch_loss = MaskedAutoencoderViT.patch_loss
+forward_loss = MaskedAutoencoderViT.forward_loss
 parser = main_pretrain.get_args_parser()
 calls = []
 
 
-def failing_loss(self, patches, pred):
+def failing_loss(self, imgs, pred, mask):
     calls.append(len(calls))
-    loss = patch_loss(self, patches, pred)
+    loss = forward_loss(self, imgs, pred, mask)
     if len(calls) == 5 and os.environ["RANK"] == "1":
         if parser.parse_args().seed == 0:
             raise RuntimeError("rank 1 fails here")
@@ -25,5 +25,5 @@ def failing_loss(self, patches, pred):
 
 
 if __name__ == "__main__":
-    MaskedAutoencoderViT.patch_loss = failing_loss
+    MaskedAutoencoderViT.forward_loss = failing_loss
     cli.run(main_pretrain.main, parser)

@@ -8,21 +8,21 @@ import torch
 
 import main_pretrain
 from models_mae import MaskedAutoencoderViT
-from util import checkpointer, cli
+from util import cli, training
 
 seen = {"imgs": [], "noise": [], "losses": [], "saves": []}
 forward = MaskedAutoencoderViT.forward
 step = torch.optim.AdamW.step
-save = checkpointer.save_checkpoint
+save = training.save_checkpoint
 
 
-def spying_forward(self, imgs, mask_ratio, noise, **options):
+def spying_forward(self, imgs, mask_ratio, noise):
     if self.training:
         seen.setdefault("weights", {k: v.clone() for k, v in self.state_dict().items()})
         seen["imgs"].append(imgs.clone())
         seen["noise"].append(noise.clone())
     seen["model"] = self
-    outputs = forward(self, imgs, mask_ratio, noise, **options)
+    outputs = forward(self, imgs, mask_ratio, noise)
     if self.training:
         seen["losses"].append(outputs[0].item())
     return outputs
@@ -41,7 +41,7 @@ def spying_save(path, contents):
 
 
 if __name__ == "__main__":
-    checkpointer.save_checkpoint = spying_save
+    training.save_checkpoint = spying_save
     MaskedAutoencoderViT.forward = spying_forward
     torch.optim.AdamW.step = spying_step
     parser = main_pretrain.get_args_parser()

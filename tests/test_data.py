@@ -228,8 +228,8 @@ def test_a_damaged_png_is_unreadable_and_crashes_no_worker(tmp_path, content):
     fill(tmp_path, ["1.jpg"])
     fill(tmp_path, ["2.png"], content)
     loader = image_loader(tmp_path, batch_size=2, num_workers=1)
-    assert len(list(loader.epoch(0))) == 1
-    assert loader.unreadable == 1
+    (batch,) = loader.train_batches(0)
+    assert batch.unreadable == 1
 
 
 # ---- transforms
@@ -275,20 +275,6 @@ def test_pretrain_transform_agrees_with_the_pillow_pipeline(photograph_file, siz
         assert mean <= 0.05
         flips.add(flip)
     assert flips == {True, False}
-
-
-@pytest.mark.parametrize(
-    "width_height", [(500, 375), (40, 40), (200, 10), (10, 200), (60, 40), (1, 1)], ids=str
-)
-def test_crops_are_drawn_as_torchvision_draws_them(width_height):
-    """Again while they don't fit, and from the centre at last."""
-    image = Image.new("RGB", width_height)
-    for seed in range(200):
-        torch.manual_seed(seed)
-        drawn = data.draw_crop(*width_height[::-1])
-        torch.manual_seed(seed)
-        expected = transforms.RandomResizedCrop.get_params(image, (0.2, 1.0), (3 / 4, 4 / 3))
-        assert drawn == expected
 
 
 @pytest.mark.parametrize(
@@ -532,11 +518,11 @@ def test_a_loader_yields_the_samples_of_its_batches(torn_album, num_workers):
     dataset, batches = loader.dataset, loading.ShuffledBatches(12, 4, ALONE, seed=0)
     for epoch, first_step in ((0, 0), (1, 2), (2, 1)):
         batches.epoch = epoch
-        steps = list(loader.epoch(epoch, first_step))
-        assert [step for step, _, _ in steps] == list(range(first_step, 3))
-        for (_, images, _), keys in zip(steps, list(batches)[first_step:], strict=True):
+        found = list(loader.train_batches(epoch, first_step))
+        assert [batch.step for batch in found] == list(range(first_step, 3))
+        for batch, keys in zip(found, list(batches)[first_step:], strict=True):
             expected = data.normalize(torch.stack([dataset[key][0] for key in keys]))
-            assert torch.equal(images, expected)
+            assert torch.equal(batch.imgs, expected)
 
 
 def test_an_unreadable_image_is_replaced_by_a_readable_one(torn_album):
@@ -566,8 +552,7 @@ def test_a_sample_of_unreadable_images_alone_is_black_and_flagged(tmp_path):
 def test_unreadable_images_are_counted_an_epoch_and_warned_of_once(torn_album, num_workers, capfd):
     loader = image_loader(torn_album, num_workers=num_workers)
     for epoch in (0, 1):
-        list(loader.epoch(epoch))
-        assert loader.unreadable == 3
+        assert sum(batch.unreadable for batch in loader.train_batches(epoch)) == 3
     warnings = [line for line in capfd.readouterr().err.splitlines() if "warning" in line]
     assert len(warnings) == 3
     for name in ("01.jpg", "05.jpg", "06.jpg"):
@@ -677,7 +662,7 @@ def working_loader(album, start_method):
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     others = set(multiprocessing.active_children())
     holder = [image_loader(album, num_workers=2)]
-    assert len(list(holder[0].epoch(0))) == 3
+    assert len(list(holder[0].train_batches(0))) == 3
     workers = set(multiprocessing.active_children()) - others
     assert len(workers) == 2
     yield holder, workers
@@ -704,11 +689,11 @@ def test_workers_outlive_the_signals_of_others_and_end_with_the_loader(working_l
         for worker in workers:
             send(number, worker)
         time.sleep(0.1)
-        assert len(list(holder[0].epoch(1))) == 3
+        assert len(list(holder[0].train_batches(1))) == 3
         assert all(worker.is_alive() for worker in workers)
-    steps = holder[0].epoch(2)
-    next(steps)
-    steps.close()
+    batches = holder[0].train_batches(2)
+    next(batches)
+    batches.close()
     holder.clear()
     gc.collect()
     wait_for_the_end_of(workers)

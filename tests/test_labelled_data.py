@@ -181,11 +181,11 @@ def test_a_loader_yields_the_labels_of_the_images_it_yields(tmp_path, num_worker
     fill(tmp_path, ["0/00.png", "1/01.png", "2/01.png"], b"torn")
     loader = loader_of(image_files.ImagePaths(tmp_path), num_workers=num_workers)
     for epoch in range(3):
-        batches = [(imgs, found) for _, imgs, found in loader.epoch(epoch)]
+        batches = list(loader.train_batches(epoch))
         assert len(batches) == 3
-        assert loader.unreadable == 3
-        for imgs, found in batches:
-            assert found.tolist() == [labels[grey] for grey in greys(imgs)]
+        assert sum(batch.unreadable for batch in batches) == 3
+        for batch in batches:
+            assert batch.labels.tolist() == [labels[grey] for grey in greys(batch.imgs)]
 
 
 def test_fewer_images_than_an_update_takes_are_the_users_error(tmp_path, user_error):
@@ -318,13 +318,13 @@ def test_an_augmentation_is_a_function_of_its_seeds(name):
 @pytest.fixture
 def boxes(monkeypatch):
     """The boxes (top, left, height, width) of all crops that are resized from here on."""
-    found, resized_crop = [], data.resized_crop
+    found, resized_crop = [], v2.functional.resized_crop
 
     def spy(image, top, left, height, width, *args, **options):
         found.append((top, left, height, width))
         return resized_crop(image, top, left, height, width, *args, **options)
 
-    monkeypatch.setattr(data, "resized_crop", spy)
+    monkeypatch.setattr(v2.functional, "resized_crop", spy)
     return found
 
 

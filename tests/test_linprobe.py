@@ -8,9 +8,10 @@ from helpers import assert_same_bits, final_state, kill_and_resume, linprobe_kil
 from torch import nn
 
 import models_vit
-from util.checkpoint import load_checkpoint, load_encoder
+from util.checkpoint import load_checkpoint
 from util.lars import LARS
 from util.lr_sched import warmup_cosine_lr
+from util.pretrained import load_encoder
 from util.seeding import derive_seed
 
 SCRIPT = "tests/tiny_linprobe.py"

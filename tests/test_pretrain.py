@@ -144,7 +144,7 @@ def test_one_epoch_equals_a_loop_written_by_hand(pretrain_flags, pretrain, spied
     for start_step in range(0, 9, 2):
         group = batches[start_step : start_step + 2]
         for imgs, noise in group:
-            loss = model(imgs, 0.5, noise, return_pred=False)[0]
+            loss = model(imgs, 0.5, noise)[0]
             (loss / len(group)).backward()
             losses.append(loss.item())
         torch.nn.utils.clip_grad_norm_(model.parameters(), 0.1)
