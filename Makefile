@@ -28,7 +28,6 @@ bench: $(READY)  ## time training steps and loading beside their peers, and put 
 	.venv/bin/python -m benchmarks.train_step --task finetune --model vit_base_patch16 --batch_size 16
 	.venv/bin/python -m benchmarks.data_loading
 	.venv/bin/python -m benchmarks.whole_run
-	.venv/bin/python -m benchmarks.forms
 	.venv/bin/python -m benchmarks.table
 
 # Made anew when the requirements change; python -m venv --clear also mends a half-made one.

@@ -125,25 +125,6 @@ def ours(setting):
     )
 
 
-def untrimmed(setting):
-    """Ours, with predictions asked for: nothing is left out that the loss doesn't look at."""
-    forward = models_mae.MaskedAutoencoderViT.forward
-    models_mae.MaskedAutoencoderViT.forward = lambda *inputs, return_pred: forward(*inputs)
-    return ours(setting)
-
-
-def freeing(setting):
-    """Ours, with freed memory returned to the system."""
-    speed.keep_freed_memory = lambda: None
-    return ours(setting)
-
-
-def multiplying(setting):
-    """Ours, with the products of float32 linear layers left to MKL."""
-    speed.onednn_outruns_mkl = lambda: False
-    return ours(setting)
-
-
 def plain(setting):
     """This project's model in a loop written without a thought of speed.
 
@@ -300,7 +281,4 @@ def matmul_size(device):
     return 8192 if device.type == "cuda" else 2048
 
 
-SIDES = {
-    side.__name__: side
-    for side in (ours, untrimmed, freeing, multiplying, plain, transformers, lightly, matmul)
-}
+SIDES = {side.__name__: side for side in (ours, plain, transformers, lightly, matmul)}
