@@ -159,5 +159,14 @@ def test_a_side_that_dies_is_told_of(monkeypatch, user_error):
     assert message.startswith("the process of ours:off has ended, most likely for want of memory")
 
 
-def test_the_readme_has_the_tables_that_the_results_make():
-    assert table.parts()[1] == table.tables()
+def test_the_page_has_the_tables_that_the_results_make():
+    table.main(table.get_args_parser().parse_args(["--check"]))
+
+
+def test_an_outdated_page_is_reported_and_written_anew(tmp_path, monkeypatch, user_error):
+    monkeypatch.setattr(table, "PAGE", tmp_path / "RESULTS.md")
+    table.PAGE.write_text("outdated\n")
+    check, write = (table.get_args_parser().parse_args(flags) for flags in (["--check"], []))
+    assert user_error(lambda: table.main(check)).endswith("run python -m benchmarks.table")
+    table.main(write)
+    table.main(check)
