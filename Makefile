@@ -17,18 +17,17 @@ lint: $(READY)  ## check style and formatting
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
 
-SMALL := --batch_size 128 --pairs 7 --turn 2 \
-	--sides ours:off ours:bf16 ours:bf16:compile plain:off transformers:off lightly:off
+SMALL := --batch_size 128 --pairs 7 --turn 2 --sides ours:auto \
+	ours:auto:compile ours:off plain:off transformers:off transformers:bf16 lightly:off
 
 # One after the other: two at once would slow each other.
-bench: $(READY)  ## time training steps and loading beside their peers, and put the README's tables right
+bench: $(READY)  ## measure speed, and write benchmarks/RESULTS.md
 	.venv/bin/python -m benchmarks.train_step
 	.venv/bin/python -m benchmarks.train_step --model mae_vit_tiny_patch4 --input_size 32 $(SMALL)
 	.venv/bin/python -m benchmarks.train_step --model mae_vit_nano_patch4 --input_size 28 $(SMALL)
 	.venv/bin/python -m benchmarks.train_step --task finetune --model vit_base_patch16 --batch_size 16
 	.venv/bin/python -m benchmarks.data_loading
 	.venv/bin/python -m benchmarks.whole_run
-	.venv/bin/python -m benchmarks.forms
 	.venv/bin/python -m benchmarks.table
 
 # Made anew when the requirements change; python -m venv --clear also mends a half-made one.

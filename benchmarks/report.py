@@ -1,4 +1,4 @@
-"""What the benchmarks share: pairs of timings, and results written with what they were made on."""
+"""What the benchmarks share: flags, turns, and results written with what they were measured on."""
 
 import json
 import platform
@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 
+from util import cli
 from util.errors import UserError
 
 RESULTS = Path(__file__).parent / "results"
@@ -19,22 +20,30 @@ PACKAGES = ("torch", "torchvision", "timm", "transformers", "lightly", "pillow",
 
 
 def commit():
-    """The commit that is checked out, with a + if files that git knows have changed since."""
+    """The commit that is checked out; `+` marks uncommitted changes of tracked Python files."""
     git = ["git", "-C", str(RESULTS)]
     name = subprocess.check_output([*git, "rev-parse", "--short", "HEAD"], text=True).strip()
     changed = subprocess.run([*git, "diff", "--quiet", "HEAD", "--", ":/*.py"]).returncode
     return f"{name}+" if changed else name
 
 
-# At the start: a benchmark may set the threads, and files be edited while it runs.
+# Read at the start: a benchmark may set the threads, and files may be edited while it runs.
 COMMIT, THREADS = commit(), torch.get_num_threads()
 
 
+def parser(description, pairs):
+    """A parser with the flags of every benchmark."""
+    made = cli.ArgumentParser(description=description)
+    made.add_argument("--device", default="auto", help="auto (CUDA if available), cuda or cpu")
+    made.add_argument("--pairs", type=cli.integer(1), default=pairs, help="rounds of turns")
+    return made
+
+
 def write(name, results, **settings):
-    """Write benchmarks/results/NAME.json: command, commit, hardware, versions, figures."""
-    module = Path(sys.argv[0]).stem
+    """Write benchmarks/results/NAME.json: results, and what they were measured with and on."""
+    module = f"benchmarks.{Path(sys.argv[0]).stem}"
     report = {
-        "command": shlex.join(["python", "-m", f"benchmarks.{module}", *sys.argv[1:]]),
+        "command": shlex.join(["python", "-m", module, *sys.argv[1:]]),
         "commit": COMMIT,
         "hardware": hardware(),
         "versions": {"python": platform.python_version()} | versions(),
@@ -47,32 +56,28 @@ def write(name, results, **settings):
     except OSError as error:
         raise UserError(f"{path} can't be written: {error.strerror}") from error
     print(f"written to {path}")
+    return report
 
 
 def take_turns(sides, rounds):
-    """What every side measures in `rounds` rounds of turns, after one that warms up.
+    """What each side, a function without arguments, returns in `rounds` rounds of turns.
 
-    Args:
-        sides: functions without arguments, by name, that return what they measured.
-        rounds: number of them.
-
-    Returns:
-        lists of it, by name.
+    A round before them warms up. Sides and what they measured are dicts with the same keys.
     """
-    speeds = {name: [] for name in sides}
+    measured = {name: [] for name in sides}
     for _ in range(1 + rounds):
         for name, side in sides.items():
-            speeds[name].append(side())
-    return {name: measured[1:] for name, measured in speeds.items()}
+            measured[name].append(side())
+    return {name: values[1:] for name, values in measured.items()}
 
 
-def ratio(own, other):
-    """Of the turns of one round each: the median of their ratios, the lowest and the highest."""
-    return median_and_range([a / b for a, b in zip(own, other, strict=True)])
+def ratio(own, other, digits=2):
+    """The ratios of two sides' turns, round by round: median, lowest and highest."""
+    return median_and_range([a / b for a, b in zip(own, other, strict=True)], digits)
 
 
 def median_and_range(values, digits=2):
-    """The median of `values`, their lowest and their highest."""
+    """Median, lowest and highest of `values`."""
     return {
         "median": round(statistics.median(values), digits),
         "lowest": round(min(values), digits),
@@ -81,25 +86,18 @@ def median_and_range(values, digits=2):
 
 
 def hardware():
-    """CPU, its family and instructions, threads, and the GPU if there is one."""
+    """The CPU with its family, threads and instructions, and the GPU if there is one."""
     text = Path("/proc/cpuinfo").read_text() if sys.platform == "linux" else ""
     core = dict(re.findall(r"^(\S.*?)\s*: (.*)$", text.partition("\n\n")[0], re.MULTILINE))
-    instructions = {"avx2", "avx512f", "avx512_bf16", "amx_bf16"} & {*core.get("flags", "").split()}
     words = [core.get("model name", platform.machine())]
     if "cpu family" in core:
         words += [f"family {core['cpu family']} model {core['model']}"]
+    instructions = {"avx2", "avx512f", "avx512_bf16", "amx_bf16"} & {*core.get("flags", "").split()}
     found = {"cpu": ", ".join([*words, f"{THREADS} threads", " ".join(sorted(instructions))])}
-    if torch.cuda.is_available():
-        found["gpu"] = torch.cuda.get_device_name()
-    return found
+    return found | ({"gpu": torch.cuda.get_device_name()} if torch.cuda.is_available() else {})
 
 
 def versions():
-    """Versions of the packages of `PACKAGES` that are installed."""
-    found = {}
-    for package in PACKAGES:
-        try:
-            found[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            continue
-    return found
+    """Versions of the installed ones of `PACKAGES`."""
+    installed = {found.name.lower(): found.version for found in metadata.distributions()}
+    return {name: installed[name] for name in PACKAGES if name in installed}

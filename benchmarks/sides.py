@@ -1,8 +1,8 @@
 """The training steps that benchmarks/train_step.py compares: this project's and its peers'.
 
-A side is a function of a `Setting` that builds a model and its optimizer and returns a function of
-a number of steps that trains for so many. All sides of a setting are given the same sizes, float32
-weights and synthetic images, which start on the host as a data loader leaves them.
+A side is a function that builds the model and the optimizer of a `Setting` and returns a function
+that trains for a number of steps. All sides of a setting have the same sizes, float32 weights and
+synthetic images, which start on the host, where a data loader leaves them.
 """
 
 from dataclasses import dataclass
@@ -29,7 +29,7 @@ SCHEDULE = {"lr": 1e-4, "min_lr": 0.0, "warmup_epochs": 0, "epochs": 1}
 
 @dataclass(frozen=True)
 class Setting:
-    """What a side trains: task, named model, pixels, batch and how it is computed."""
+    """What a side trains, and how: task, model's name, image size, batch, device and precision."""
 
     task: str
     model: str
@@ -62,11 +62,10 @@ class Setting:
         return self.device.type == "cuda"
 
     def batch_augmentation(self):
-        """Random erasing and mixup as the ImageNet recipe of fine-tuning has them."""
-        mixup = Mixup(mixup_alpha=0.8, cutmix_alpha=1.0, num_classes=CLASSES)
+        """Random erasing and mixup as in the ImageNet recipe for fine-tuning."""
         return {
             "random_erasing": RandomErasing(0.25, mode="pixel", device=self.device),
-            "mixup": mixup,
+            "mixup": Mixup(mixup_alpha=0.8, cutmix_alpha=1.0, num_classes=CLASSES),
         }
 
 
@@ -125,37 +124,17 @@ def ours(setting):
     )
 
 
-def untrimmed(setting):
-    """Ours, with predictions asked for: nothing is left out that the loss doesn't look at."""
-    forward = models_mae.MaskedAutoencoderViT.forward
-    models_mae.MaskedAutoencoderViT.forward = lambda *inputs, return_pred: forward(*inputs)
-    return ours(setting)
-
-
-def freeing(setting):
-    """Ours, with freed memory returned to the system."""
-    speed.keep_freed_memory = lambda: None
-    return ours(setting)
-
-
-def multiplying(setting):
-    """Ours, with the products of float32 linear layers left to MKL."""
-    speed.onednn_outruns_mkl = lambda: False
-    return ours(setting)
-
-
 def plain(setting):
-    """This project's model in a loop written without a thought of speed.
+    """This project's model in an unoptimised, eager loop.
 
-    Attention by a softmax, AdamW parameter by parameter where torch does so by default, images
-    that travel as floats, and the loss's value fetched at every step; eager.
+    Attention is an explicit softmax, AdamW is torch's default, images reach the device as floats,
+    and every step fetches the value of the loss.
     """
     model = setting.build_model().to(setting.device)
     for module in model.modules():
         if hasattr(module, "fused_attn"):
             module.fused_attn = False
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, weight_decay=0.05)
-    scaler = grad_scaler(setting.device, setting.dtype)
     if setting.task == "pretrain":
 
         def loss_of(images, _labels):
@@ -167,59 +146,52 @@ def plain(setting):
             images, labels = augmentation["mixup"](augmentation["random_erasing"](images), labels)
             return nn.functional.cross_entropy(model(images), labels)
 
-    return plain_loop(setting, loss_of, optimizer, scaler)
+    return plain_loop(setting, loss_of, optimizer)
 
 
 def transformers(setting):
-    """transformers' model of the same sizes with SDPA, and the AdamW that its Trainer takes."""
-    from transformers import (
-        ViTConfig,
-        ViTForImageClassification,
-        ViTMAEConfig,
-        ViTMAEForPreTraining,
-    )
+    """transformers' model of the same sizes with SDPA, and its Trainer's fused AdamW."""
+    import transformers as hf
 
     ours = setting.build_model()
+    width = ours.cls_token.shape[-1]
     sizes = {
-        "hidden_size": ours.cls_token.shape[-1],
+        "hidden_size": width,
         "num_hidden_layers": len(ours.blocks),
         "num_attention_heads": ours.blocks[0].attn.num_heads,
-        "intermediate_size": 4 * ours.cls_token.shape[-1],
+        "intermediate_size": 4 * width,
         "image_size": setting.input_size,
         "patch_size": ours.patch_embed.patch_size[0],
         "attn_implementation": "sdpa",
     }
-    if setting.task == "pretrain":
-        width = ours.mask_token.shape[-1]
-        config = ViTMAEConfig(
-            **sizes,
-            decoder_hidden_size=width,
-            decoder_num_hidden_layers=len(ours.decoder_blocks),
-            decoder_num_attention_heads=ours.decoder_blocks[0].attn.num_heads,
-            decoder_intermediate_size=4 * width,
-            mask_ratio=MASK_RATIO,
-            norm_pix_loss=True,
-        )
-        model = ViTMAEForPreTraining(config)
+    if setting.task == "finetune":
+        model = hf.ViTForImageClassification(hf.ViTConfig(**sizes, num_labels=CLASSES))
     else:
-        model = ViTForImageClassification(ViTConfig(**sizes, num_labels=CLASSES))
+        width = ours.mask_token.shape[-1]
+        sizes |= {
+            "decoder_hidden_size": width,
+            "decoder_num_hidden_layers": len(ours.decoder_blocks),
+            "decoder_num_attention_heads": ours.decoder_blocks[0].attn.num_heads,
+            "decoder_intermediate_size": 4 * width,
+        }
+        config = hf.ViTMAEConfig(**sizes, mask_ratio=MASK_RATIO, norm_pix_loss=True)
+        model = hf.ViTMAEForPreTraining(config)
     model.to(setting.device).train()
     if setting.compile:
         model.compile()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, weight_decay=0.05, fused=True)
-    scaler = grad_scaler(setting.device, setting.dtype)
 
     def loss_of(images, labels):
         targets = {} if setting.task == "pretrain" else {"labels": labels}
         return model(pixel_values=images, **targets).loss
 
-    return plain_loop(setting, loss_of, optimizer, scaler, fetch_loss=False)
+    return plain_loop(setting, loss_of, optimizer, fetch_loss=False)
 
 
 def lightly(setting):
-    """lightly's masked autoencoder as its documentation puts it together, pre-training only."""
+    """lightly's masked autoencoder as in its documentation; it only pre-trains."""
     if setting.task != "pretrain":
-        raise UserError("lightly's masked autoencoder is for pre-training only")
+        raise UserError("lightly's masked autoencoder only pre-trains")
     from lightly.models import utils
     from lightly.models.modules import MAEDecoderTIMM, MaskedVisionTransformerTIMM
 
@@ -229,43 +201,40 @@ def lightly(setting):
     )
     patch = vit.patch_embed.patch_size[0]
     tokens = 1 + vit.patch_embed.num_patches
-    model = nn.ModuleDict(
-        {
-            "backbone": MaskedVisionTransformerTIMM(vit=vit),
-            "decoder": MAEDecoderTIMM(
-                num_patches=tokens - 1,
-                patch_size=patch,
-                embed_dim=vit.embed_dim,
-                decoder_embed_dim=ours.mask_token.shape[-1],
-                decoder_depth=len(ours.decoder_blocks),
-                decoder_num_heads=ours.decoder_blocks[0].attn.num_heads,
-            ),
-        }
-    ).to(setting.device)
+    backbone = MaskedVisionTransformerTIMM(vit=vit)
+    decoder = MAEDecoderTIMM(
+        num_patches=tokens - 1,
+        patch_size=patch,
+        embed_dim=vit.embed_dim,
+        decoder_embed_dim=ours.mask_token.shape[-1],
+        decoder_depth=len(ours.decoder_blocks),
+        decoder_num_heads=ours.decoder_blocks[0].attn.num_heads,
+    )
+    model = nn.ModuleList([backbone, decoder]).to(setting.device)
     if setting.compile:
-        for part in model.values():
-            part.compile()
+        backbone.compile()
+        decoder.compile()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, weight_decay=0.05)
-    scaler = grad_scaler(setting.device, setting.dtype)
 
     def loss_of(images, _labels):
         size = (len(images), tokens)
         kept, removed = utils.random_token_mask(size, MASK_RATIO, device=images.device)
-        encoded = model["decoder"].embed(model["backbone"].encode(images=images, idx_keep=kept))
-        masked = utils.repeat_token(model["decoder"].mask_token, size)
+        encoded = decoder.embed(backbone.encode(images=images, idx_keep=kept))
+        masked = utils.repeat_token(decoder.mask_token, size)
         masked = utils.set_at_index(masked, kept, encoded.type_as(masked))
-        decoded = utils.get_at_index(model["decoder"].decode(masked), removed)
+        decoded = utils.get_at_index(decoder.decode(masked), removed)
         patches = utils.get_at_index(utils.patchify(images, patch), removed - 1)
         target = utils.normalize_mean_var(patches)
-        return nn.functional.mse_loss(model["decoder"].predict(decoded), target)
+        return nn.functional.mse_loss(decoder.predict(decoded), target)
 
-    return plain_loop(setting, loss_of, optimizer, scaler, fetch_loss=False)
+    return plain_loop(setting, loss_of, optimizer, fetch_loss=False)
 
 
-def plain_loop(setting, loss_of, optimizer, scaler, fetch_loss=True):
-    """Steps as tutorials have them: float images to the device, loss, backward, update."""
+def plain_loop(setting, loss_of, optimizer, fetch_loss=True):
+    """The steps of a tutorial: float images to the device, loss, backward, update."""
     images, labels = setting.images()
     images = normalize(images)
+    scaler = grad_scaler(setting.device, setting.dtype)
 
     def train(steps):
         for _ in range(steps):
@@ -281,26 +250,4 @@ def plain_loop(setting, loss_of, optimizer, scaler, fetch_loss=True):
     return train
 
 
-def matmul(setting):
-    """The device's measured peak: products of square matrices, computed as our linear layers."""
-    size, dtype = matmul_size(setting.device), setting.dtype or torch.float32
-    layer = nn.Linear(size, size, bias=False, device=setting.device, dtype=dtype)
-    layer.requires_grad_(False)
-    speed.prepare(layer, setting.device, setting.dtype)
-    matrix = torch.randn(size, size, device=setting.device, dtype=dtype)
-
-    def multiply(steps):
-        for _ in range(steps):
-            layer(matrix)
-
-    return multiply
-
-
-def matmul_size(device):
-    return 8192 if device.type == "cuda" else 2048
-
-
-SIDES = {
-    side.__name__: side
-    for side in (ours, untrimmed, freeing, multiplying, plain, transformers, lightly, matmul)
-}
+SIDES = {side.__name__: side for side in (ours, plain, transformers, lightly)}

@@ -1,116 +1,100 @@
-"""Images a second of training steps on synthetic images: this project's, and its peers' beside it.
+"""Images a second of training steps on synthetic images: this project's and its peers'.
 
     python -m benchmarks.train_step --model mae_vit_base_patch16 --batch_size 32
     python -m benchmarks.train_step --task finetune --model vit_base_patch16 --batch_size 32
 
-A side is NAME:AMP or NAME:AMP:compile. NAME is ours, transformers, lightly (where it is installed;
-pre-training only) or plain: this project's model trained without a thought of speed, eager, with
-attention by an explicit softmax, AdamW unfused, images that travel as floats and a host sync each
-step. AMP is off (float32), bf16, fp16 or auto.
+A side is NAME:AMP or NAME:AMP:compile. NAME is ours, transformers, lightly (if it is installed;
+pre-training only) or plain, which is this project's model in an unoptimised loop: eager, attention
+by an explicit softmax, unfused AdamW, images sent as floats, and a host sync in each step. AMP is
+off (float32), bf16, fp16 or auto, which stands for one of these on each device.
 
-Every side lives in a process of its own. They take turns, one at a time, --pairs times, after as
-many steps as it takes to compile and warm up. A ratio is that of two turns of one round; shown are
-the median over the rounds, the lowest and the highest. MFU is the share of the peak, which is that
-of products of square matrices in the same type, computed as our linear layers are and timed in the
-same rounds, for the floating point operations that the method needs, however a side computes it.
+Every side runs in its own process. After a warm-up they take turns, one at a time, in --pairs
+rounds. A ratio compares two sides' turns of the same round. Shown are the median, the lowest and
+the highest of the rounds.
+
+    MFU = images/s x operations an image / peak
+
+The operations are those that the method needs, however a side computes it. The peak is measured
+in the same round: square matrix products in the side's type.
 """
 
+import contextlib
 import math
 import multiprocessing
 import resource
-import statistics
 import time
-import traceback
 from functools import partial
 
 import torch
 
-from benchmarks import report
-from benchmarks.sides import CLASSES, MASK_RATIO, SIDES, Setting, matmul_size
+from benchmarks import report, table
+from benchmarks.sides import CLASSES, MASK_RATIO, SIDES, Setting
 from util import cli
 from util.distributed import select_device
 from util.errors import UserError
+from util.precision import resolve_amp
 
-
-def get_args_parser():
-    parser = cli.ArgumentParser(description=__doc__)
-    parser.add_argument("--task", choices=["pretrain", "finetune"], default="pretrain")
-    parser.add_argument("--model", default="mae_vit_base_patch16", help="name of the model")
-    parser.add_argument("--input_size", type=cli.integer(1), default=224, help="pixels")
-    parser.add_argument("--batch_size", type=cli.integer(1), default=32, help="images of a step")
-    parser.add_argument(
-        "--device", default="auto", help="auto (CUDA if there is some), cuda or cpu"
-    )
-    parser.add_argument(
-        "--sides", nargs="+", metavar="SIDE", help="what is timed (see above); ours come first"
-    )
-    parser.add_argument("--pairs", type=cli.integer(1), default=5, help="rounds of turns")
-    parser.add_argument(
-        "--turn", type=cli.number(), default=5.0, help="seconds of a turn, at least"
-    )
-    parser.add_argument(
-        "--name", help="of the file in benchmarks/results; if not given, as it is set"
-    )
-    return parser
-
-
-AMPS = ("off", "bf16", "fp16", "auto")
-DEFAULT_SIDES = {  # on a CPU not lightly's: all sides of a large model must fit into the memory
-    "cpu": "ours:off ours:bf16 plain:off transformers:off".split(),
+AMPS = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+DEFAULT_SIDES = {  # on a CPU four, because those of a large model must fit into memory together
+    "cpu": ["ours:auto", "ours:off", "plain:off", "transformers:off"],
     "cuda": "ours:auto:compile ours:auto plain:fp16 transformers:bf16 "
     "transformers:bf16:compile lightly:bf16".split(),
 }
 
 
+def get_args_parser():
+    parser = report.parser(__doc__, pairs=5)
+    parser.add_argument("--task", choices=["pretrain", "finetune"], default="pretrain")
+    parser.add_argument("--model", default="mae_vit_base_patch16", help="name of the model")
+    parser.add_argument("--input_size", type=cli.integer(1), default=224, help="pixels")
+    parser.add_argument("--batch_size", type=cli.integer(1), default=32, help="images per step")
+    parser.add_argument("--sides", nargs="+", metavar="SIDE", help="what to time (see above)")
+    parser.add_argument("--turn", type=cli.number(), default=5.0, help="seconds per turn, at least")
+    return parser
+
+
 def main(args):
     device = select_device(args.device)
-    labels = args.sides or DEFAULT_SIDES[device.type]
-    settings = {label: setting_of(label, args, device) for label in labels}
-    sides = start(settings)
+    auto = next(amp for amp in AMPS if AMPS[amp] is resolve_amp("auto", device))
+    asked = args.sides or DEFAULT_SIDES[device.type]
+    labels = dict.fromkeys(label.replace(":auto", f":{auto}") for label in asked)
+    sides = {}
+    for label in labels:
+        setting = setting_of(label, args, device)
+        try:
+            sides[label] = Side(label, setting)
+        except UserError as error:
+            print(error, flush=True)
     if not sides:
         raise UserError(f"none of the sides {' '.join(labels)} can be timed")
-    sides |= start(
-        {
-            label: setting_of(label, args, device)
-            for label in sorted({f"matmul:{side.split(':')[1]}" for side in sides})
-        }
-    )
-    turns = {label: partial(side.steps_per_second, args.turn) for label, side in sides.items()}
-    speeds = report.take_turns(turns, args.pairs)
-    memory = {label: side.close() for label, side in sides.items()}
+    amps = {label: label.split(":")[1] for label in sides}
+    turns = {label: partial(steps_per_second, side, args.turn) for label, side in sides.items()}
+    turns |= {amp: partial(matmul_flop_per_s, device, AMPS[amp]) for amp in amps.values()}
+    measured = report.take_turns(turns, args.pairs)
 
-    flop = training_flop(settings[labels[0]])
-    peaks = {label: [s * 2 * matmul_size(device) ** 3 for s in speeds[label]] for label in speeds}
+    flop = training_flop(setting)
+    peers = [label for label in sides if not label.startswith("ours")]
     results = {}
-    for label in labels:
-        if label not in sides:
-            continue
-        images_per_s = [speed * args.batch_size for speed in speeds[label]]
-        peak = peaks[f"matmul:{label.split(':')[1]}"]
-        shares = [speed * flop / p for speed, p in zip(images_per_s, peak, strict=True)]
+    for label, side in sides.items():
+        images_per_s = [args.batch_size * steps for steps in measured[label]]
         results[label] = {
             "images_per_s": report.median_and_range(images_per_s),
-            "seconds_per_step": round(args.batch_size / statistics.median(images_per_s), 4),
-            "mfu": report.median_and_range(shares, digits=3),
-            "peak_memory_gib": round(memory[label], 2),
+            "mfu": report.ratio([flop * i for i in images_per_s], measured[amps[label]], digits=3),
+            "peak_memory_gib": round(side.peak_memory_gib, 2),
             "times_as_fast_as": {
-                peer: report.ratio(speeds[label], speeds[peer])
-                for peer in labels
-                if peer in sides and label.startswith("ours") and not peer.startswith("ours")
+                peer: report.ratio(measured[label], measured[peer])
+                for peer in peers
+                if label not in peers
             },
         }
-        show(label, results[label])
-    report.write(
-        args.name or f"{args.task}_{args.model}_{args.input_size}px_{device.type}",
+    written = report.write(
+        f"{args.task}_{args.model}_{args.input_size}px_{device.type}",
         results,
         gflop_per_image=round(flop / 1e9, 2),
-        matmul_peak_tflop_per_s={
-            label.split(":")[1]: report.median_and_range([p / 1e12 for p in peak], digits=3)
-            for label, peak in peaks.items()
-            if label.startswith("matmul")
-        },
+        amp_auto=auto,
         **{name: getattr(args, name) for name in "task model input_size batch_size pairs".split()},
     )
+    print(table.step_table(written))
 
 
 def setting_of(label, args, device):
@@ -123,72 +107,32 @@ def setting_of(label, args, device):
     )
 
 
-def start(settings):
-    """Sides in processes of their own, by label; one that can't start is told of and left out."""
-    sides = {label: Side(label, setting) for label, setting in settings.items()}
-    for label, side in sides.items():
-        if side.failure:
-            print(f"{label} can't be timed: {side.failure}", flush=True)
-    return {label: side for label, side in sides.items() if not side.failure}
+def steps_per_second(side, seconds):
+    """A side's speed in a turn of at least so many seconds."""
+    steps = steps_in(seconds, side.seconds_per_step)
+    return steps / side.train(steps)
 
 
-class Side:
-    """A side in a process of its own, which works only while it is asked to."""
-
-    def __init__(self, label, setting):
-        context = multiprocessing.get_context("spawn")
-        self._pipe, pipe = context.Pipe()
-        self._process = context.Process(target=serve, args=(pipe, label, setting), daemon=True)
-        self._process.start()
-        pipe.close()
-        self._label = label
-        self._seconds_per_step, self.failure = self._answer()
-
-    def steps_per_second(self, seconds=0.0, count=1):
-        """Of a turn of `count` steps, or as many as take about so many seconds."""
-        steps = max(count, math.ceil(seconds / self._seconds_per_step))
-        return steps / self._answer(steps)
-
-    def close(self):
-        """End the process; returns its peak memory in GiB."""
-        memory = self._answer(None)
-        self._process.join()
-        return memory
-
-    def _answer(self, *question):
-        try:
-            if question:
-                self._pipe.send(*question)
-            return self._pipe.recv()
-        except (EOFError, OSError) as error:
-            raise UserError(
-                f"the process of {self._label} has ended, most likely for want of memory: take "
-                "fewer --sides or a smaller --batch_size"
-            ) from error
+def steps_in(seconds, seconds_per_step):
+    """How many whole steps, and at least one, fill so many seconds."""
+    return max(1, math.ceil(seconds / seconds_per_step))
 
 
-def serve(pipe, label, setting):
-    """The life of a side's process: warm up, then answer numbers of steps with seconds."""
-    torch.manual_seed(0)
-    try:
-        train = SIDES[label.split(":")[0]](setting)
-        timed(train, 1, setting.device)
-        seconds_per_step = timed(train, 3 if setting.on_gpu else 1, setting.device)
-    except Exception as error:
-        if not isinstance(error, (ImportError, UserError)):
-            traceback.print_exc()
-        pipe.send((None, f"{type(error).__name__}: {error}"))
-        return
-    pipe.send((seconds_per_step / (3 if setting.on_gpu else 1), None))
-    while (steps := pipe.recv()) is not None:
-        pipe.send(timed(train, steps, setting.device))
-    if setting.on_gpu:
-        pipe.send(torch.cuda.max_memory_allocated(setting.device) / 2**30)
-    else:
-        pipe.send(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)
+def matmul_flop_per_s(device, dtype):
+    """The device's peak, as measured: products of large square matrices."""
+    size, times = (8192 if device.type == "cuda" else 2048), 30
+    shape = (3, size, size)
+    one, other, product = torch.randn(shape, device=device, dtype=dtype or torch.float32)
+
+    def multiply(times):
+        for _ in range(times):
+            torch.mm(one, other, out=product)
+
+    return times * 2 * size**3 / timed(multiply, times, device)
 
 
 def timed(train, steps, device):
+    """Seconds that so many steps take."""
     synchronize = torch.cuda.synchronize if device.type == "cuda" else lambda: None
     synchronize()
     started = time.perf_counter()
@@ -197,11 +141,67 @@ def timed(train, steps, device):
     return time.perf_counter() - started
 
 
-def training_flop(setting):
-    """Floating point operations of the matrix products in a forward and a backward pass, an image.
+class Side:
+    """A side in its own process, which works only while it is asked to.
 
-    The backward pass counts twice the forward pass. Of masked autoencoders the class token and
-    every patch are projected and decoded, as the paper has it.
+    Attributes:
+        process: the process.
+        peak_memory_gib: the most memory that it has used.
+        seconds_per_step: about how long a step takes.
+
+    Raises:
+        UserError: it can't be timed.
+    """
+
+    def __init__(self, label, setting):
+        context = multiprocessing.get_context("spawn")
+        self._label = label
+        self._pipe, pipe = context.Pipe()
+        self.process = context.Process(target=serve, args=(pipe, label, setting), daemon=True)
+        self.process.start()
+        pipe.close()
+        self.seconds_per_step = self.train(1)
+
+    def train(self, steps):
+        """Take so many steps; returns how many seconds they took."""
+        try:
+            self._pipe.send(steps)
+            answer = self._pipe.recv()
+        except (EOFError, OSError) as error:
+            raise UserError(
+                f"the process of {self._label} has ended, most likely for want of memory: take "
+                "fewer --sides or a smaller --batch_size"
+            ) from error
+        if isinstance(answer, UserError):
+            raise answer
+        seconds, self.peak_memory_gib = answer
+        return seconds
+
+
+def serve(pipe, label, setting):
+    """A side's process: answers numbers of steps with seconds and the peak memory in GiB."""
+    torch.manual_seed(0)
+    try:
+        train = SIDES[label.split(":")[0]](setting)
+    except (ImportError, UserError) as error:
+        pipe.send(UserError(f"{label} can't be timed: {error}"))
+        return
+    train(1)  # compiles
+    with contextlib.suppress(EOFError):  # ends with the process that asks
+        while steps := pipe.recv():
+            seconds = timed(train, steps, setting.device)
+            if setting.on_gpu:
+                peak = torch.cuda.max_memory_allocated(setting.device) / 2**30
+            else:
+                peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+            pipe.send((seconds, peak))
+
+
+def training_flop(setting):
+    """Floating point operations per image: matrix products, forward and backward.
+
+    The backward pass counts twice the forward pass. In masked autoencoders every patch is projected
+    and, with the class token, decoded, as in the paper.
     """
     model = setting.build_model()
     patches, width = model.patch_embed.num_patches, model.cls_token.shape[-1]
@@ -222,22 +222,6 @@ def blocks_flop(blocks, tokens):
     """Forward pass of transformer blocks: their linear layers, and attention's two products."""
     width = blocks[0].norm1.normalized_shape[0]
     return len(blocks) * (2 * 12 * tokens * width**2 + 2 * 2 * tokens**2 * width)
-
-
-def show(label, figures):
-    speed, mfu = figures["images_per_s"], figures["mfu"]["median"]
-    print(
-        f"{label:24} {speed['median']:8.2f} images/s ({speed['lowest']:.2f} to "
-        f"{speed['highest']:.2f})  {figures['seconds_per_step']:.3f} s a step  MFU {mfu:.0%}  "
-        f"peak memory {figures['peak_memory_gib']:.2f} GiB",
-        flush=True,
-    )
-    for peer, ratio in figures["times_as_fast_as"].items():
-        print(
-            f"{'':24} {ratio['median']:8.2f} times {peer} ({ratio['lowest']:.2f} to "
-            f"{ratio['highest']:.2f})",
-            flush=True,
-        )
 
 
 if __name__ == "__main__":
