@@ -5,6 +5,7 @@ that trains for a number of steps. All sides of a setting have the same sizes, f
 synthetic images, which start on the host, where a data loader leaves them.
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -20,7 +21,11 @@ from util import optim, speed
 from util.data import normalize
 from util.distributed import Process
 from util.errors import UserError
+from util.loading import Batch
+from util.logs import Meter
 from util.precision import autocast, grad_scaler, resolve_amp
+from util.stopping import StopSignals
+from util.training import Checkpoints, TrainingState
 
 MASK_RATIO = 0.75
 CLASSES = 1000
@@ -69,59 +74,71 @@ class Setting:
         }
 
 
-class SyntheticRun:
-    """In place of a `Run` and its epoch's log: one batch again and again, nothing is shown."""
+class SyntheticLoader:
+    """In place of an `ImageLoader`: one batch again and again."""
 
-    def __init__(self, setting):
-        self.process = Process(0, 1, setting.device)
+    def __init__(self, setting, steps):
+        self.device = setting.device
+        self.steps = steps
+        self.images_per_step = setting.batch_size
         self.images, self.labels = setting.images()
 
-    def epoch_log(self, loader, _epoch):
-        self._steps = loader
-        return self
+    def __len__(self):
+        return self.steps
 
-    def steps(self):
-        device = self.process.device
-        for step in self._steps:
-            images = normalize(self.images.to(device, non_blocking=True))
-            yield step, images, self.labels.to(device, non_blocking=True)
-
-    def add(self, step, loss, lr):
-        pass
-
-    def save_if_due(self, log, next_step):
-        pass
-
-    def summary(self):
-        return {}
+    def train_batches(self, _epoch, _first_step):
+        for step in range(self.steps):
+            imgs = normalize(self.images.to(self.device, non_blocking=True))
+            yield Batch(step, imgs, self.labels.to(self.device, non_blocking=True), unreadable=0)
 
 
 def ours(setting):
     """The engines of this project, as main_pretrain.py and main_finetune.py set them up."""
+    if not setting.on_gpu:
+        speed.keep_freed_memory()
     model = setting.build_model().to(setting.device)
     speed.prepare(model, setting.device, setting.dtype, compile=setting.compile)
-    scaler = grad_scaler(setting.device, setting.dtype)
-    run = SyntheticRun(setting)
-    common = {
-        "run": run,
-        "epoch": 0,
-        "schedule": SCHEDULE,
-        "accum_iter": 1,
-        "clip_grad": None,
-        "amp_dtype": setting.dtype,
-        "seed": 0,
-    }
     if setting.task == "pretrain":
-        optimizer = optim.adamw(optim.weight_decay_groups(model, 0.05), betas=(0.9, 0.95))
-        return lambda steps: engine_pretrain.train_one_epoch(
-            model, range(steps), optimizer, scaler, mask_ratio=MASK_RATIO, **common
-        )
-    optimizer = optim.adamw(optim.layer_decay_groups(model, 0.05, 0.75), betas=(0.9, 0.999))
-    common |= setting.batch_augmentation()
-    criterion = nn.CrossEntropyLoss()
-    return lambda steps: engine_finetune.train_one_epoch(
-        model, criterion, range(steps), optimizer, scaler, **common
+        groups, betas = optim.weight_decay_groups(model, 0.05), (0.9, 0.95)
+        engine, task = engine_pretrain, {"mask_ratio": MASK_RATIO}
+    else:
+        groups, betas = optim.layer_decay_groups(model, 0.05, 0.75), (0.9, 0.999)
+        engine, task = engine_finetune, setting.batch_augmentation()
+        task["criterion"] = nn.CrossEntropyLoss()
+    optimizer = optim.adamw(groups, betas=betas)
+    scaler = grad_scaler(setting.device, setting.dtype)
+    checkpoints = Checkpoints(  # which never saves
+        ".",
+        Process(0, 1, setting.device),
+        signals=StopSignals(),
+        settings={},
+        contents={},
+        epochs=1,
+        save_every=1,
+        save_minutes=math.inf,
     )
+
+    def train(steps):
+        state = TrainingState(model, optimizer, scaler)
+        loader = SyntheticLoader(setting, steps)
+        engine.train_one_epoch(
+            model=model,
+            loader=loader,
+            optimizer=optimizer,
+            scaler=scaler,
+            state=state,
+            meter=Meter(None, state, loader, log_every=20),
+            checkpoints=checkpoints,
+            schedule=SCHEDULE,
+            accum_iter=1,
+            clip_grad=None,
+            amp_dtype=setting.dtype,
+            seed=0,
+            rank=0,
+            **task,
+        )
+
+    return train
 
 
 def plain(setting):

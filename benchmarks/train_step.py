@@ -25,6 +25,9 @@ import resource
 import time
 from functools import partial
 
+import util.threads  # noqa: F401  before torch, whose threads it sets
+
+# isort: split
 import torch
 
 from benchmarks import report, table

@@ -231,12 +231,14 @@ def assert_same_bits(state, other):
 
 
 def events(log_dir):
-    """TensorBoard scalars as {tag: {x: value}}, and the image tags with their x."""
+    """TensorBoard scalars as {tag: {x: value}}, each x once, and the image tags with their x."""
     accumulator = EventAccumulator(str(log_dir)).Reload()
     scalars = {
         tag: {event.step: event.value for event in accumulator.Scalars(tag)}
         for tag in accumulator.Tags()["scalars"]
     }
+    for tag, curve in scalars.items():
+        assert len(curve) == len(accumulator.Scalars(tag)), f"{tag} has an x twice"
     images = {
         tag: [event.step for event in accumulator.Images(tag)]
         for tag in accumulator.Tags()["images"]

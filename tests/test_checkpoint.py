@@ -1,9 +1,12 @@
 """Checkpoint files: whole or absent, and loaded without running code from them."""
 
 import argparse
+import errno
+import io
 import os
 import pickle
 import resource
+import stat
 import subprocess
 import sys
 
@@ -11,7 +14,7 @@ import pytest
 import torch
 from helpers import ROOT, run
 
-from util.checkpoint import find_checkpoint, load_checkpoint, save_checkpoint
+from util.checkpoint import TornCheckpoint, find_checkpoint, load_checkpoint, save_checkpoint
 
 
 def test_a_save_replaces_the_file_and_leaves_nothing_else(tmp_path):
@@ -84,12 +87,12 @@ def test_code_in_a_checkpoint_is_not_run(tmp_path, monkeypatch, user_error):
 
 
 def test_the_newest_whole_checkpoint_is_found(tmp_path, capsys, user_error):
-    assert find_checkpoint("auto", tmp_path) == (None, None)
+    assert find_checkpoint("auto", tmp_path) is None
     names = ["checkpoint-9.pth", "checkpoint-19.pth", "checkpoint-last.pth"]
-    for name in names:
-        save_checkpoint(tmp_path / name, {"model": {"weight": torch.zeros(1)}})
+    for epoch, name in zip((9, 19, 20), names, strict=True):
+        save_checkpoint(tmp_path / name, progress(epoch, 5, True))
     assert find_checkpoint("auto", tmp_path)[1].name == "checkpoint-last.pth"
-    assert find_checkpoint("none", tmp_path) == (None, None)
+    assert find_checkpoint("none", tmp_path) is None
     (tmp_path / names[2]).write_bytes(b"")
     assert find_checkpoint("auto", tmp_path)[1].name == "checkpoint-19.pth"
     capsys.readouterr()
@@ -100,32 +103,103 @@ def test_the_newest_whole_checkpoint_is_found(tmp_path, capsys, user_error):
     assert "no whole checkpoint" in user_error(lambda: find_checkpoint("auto", tmp_path))
 
 
-@pytest.mark.parametrize("part", ["model", "optimizer"])
-def test_a_state_that_is_not_finite_is_not_written(tmp_path, part, user_error):
-    from util import optim, precision
-    from util.checkpointer import Checkpointer
-    from util.distributed import Process
+def progress(epoch, step, is_complete):
+    """A training state as far as finding it goes."""
+    weights = {"weight": torch.zeros(1)}
+    totals = None if is_complete else {"loss": 0.0}
+    return {"model": weights, "epoch": epoch, "step": step, "totals": totals}
 
-    device = torch.device("cpu")
-    model = torch.nn.Linear(2, 2)
-    optimizer = optim.adamw(model.parameters(), betas=(0.9, 0.95))
-    model(torch.ones(1, 2)).sum().backward()
-    optimizer.step()
-    checkpointer = Checkpointer(
-        tmp_path,
-        Process(0, 1, device),
-        state={
-            "model": model,
-            "optimizer": optimizer,
-            "scaler": precision.grad_scaler(device, None),
-        },
-        settings={},
-        contents={},
-        save_minutes=5,
+
+@pytest.mark.parametrize(
+    ("files", "newest"),
+    [
+        ({"last": (4, 9, True), "best": (3, 9, True), "3": (3, 9, True)}, "last"),
+        ({"last": (4, 9, True), "best": (5, 9, True)}, "best"),
+        ({"last": (4, 2, False), "3": (3, 9, True)}, "last"),
+        ({"last": (4, 2, False), "9": (9, 9, True), "10": (10, 9, True)}, "10"),
+        ({"last": (4, 9, False), "4": (4, 9, True)}, "4"),
+        ({"last": (4, 9, True), "4": (4, 9, True), "best": (4, 9, True)}, "last"),
+        ({"best": (0, 9, True)}, "best"),
+    ],
+)
+def test_the_newest_is_the_one_that_has_come_furthest(tmp_path, files, newest):
+    """By epoch, step and whether the epoch is logged, whatever the file's name."""
+    for name, place in files.items():
+        save_checkpoint(tmp_path / f"checkpoint-{name}.pth", progress(*place))
+    _, path = find_checkpoint("auto", tmp_path)
+    assert path.name == f"checkpoint-{newest}.pth"
+
+
+class FailingDisk(io.FileIO):
+    """A file that can be read a few times before the disk fails."""
+
+    reads_left = 5
+
+    def readinto(self, buffer):
+        self.fail()
+        return super().readinto(buffer)
+
+    def read(self, size=-1):
+        self.fail()
+        return super().read(size)
+
+    def fail(self):
+        FailingDisk.reads_left -= 1
+        if FailingDisk.reads_left < 0:
+            raise OSError(errno.EIO, "Input/output error")
+
+
+@pytest.mark.parametrize("failure", ["permission", "disk", "memory"])
+def test_a_file_that_cannot_be_read_now_stops_the_run(
+    pretrain_flags, pretrain, monkeypatch, user_error, failure
+):
+    """It may be the newest: nothing older is resumed, and nothing is changed."""
+    out_dir = pretrain_flags["output_dir"]
+    pretrain(pretrain_flags | {"save_every": 1, "epochs": 1})
+    contents = {path.name: path.read_bytes() for path in out_dir.iterdir()}
+    unreadable, original = out_dir / "checkpoint-last.pth", open
+
+    def failing_open(path, *args, **kwargs):
+        if str(path) != str(unreadable) or args != ("rb",):
+            return original(path, *args, **kwargs)
+        if failure == "permission":
+            raise PermissionError(errno.EACCES, "Permission denied")
+        if failure == "memory":
+            raise MemoryError
+        return FailingDisk(path)
+
+    FailingDisk.reads_left = 5
+    monkeypatch.setattr("builtins.open", failing_open)
+    message = user_error(lambda: pretrain(pretrain_flags | {"save_every": 1, "epochs": 1}))
+    reason = {"permission": "Permission denied", "disk": "Input/output error"}
+    assert message == (
+        f"checkpoint {unreadable} can't be read: {reason.get(failure, 'MemoryError')}"
     )
-    assert checkpointer.save("good.pth", epoch=0, step=1)
-    broken = model.weight.data if part == "model" else optimizer.state[model.weight]["exp_avg_sq"]
-    broken[0, 0] = float("inf")
-    message = user_error(lambda: checkpointer.save("bad.pth", epoch=0, step=2))
-    assert f"the {part} holds values that are not finite after step 2 of epoch 0" in message
-    assert os.listdir(tmp_path) == ["good.pth"]
+    assert contents.items() <= {p.name: p.read_bytes() for p in out_dir.iterdir()}.items()
+
+
+def test_every_torn_file_is_called_torn(tmp_path):
+    path = tmp_path / "checkpoint-last.pth"
+    save_checkpoint(path, progress(1, 2, False) | {"model": {"weight": torch.randn(500)}})
+    whole = path.read_bytes()
+    for length in range(0, len(whole), 97):
+        path.write_bytes(whole[:length])
+        with pytest.raises(TornCheckpoint, match="is torn or not a checkpoint"):
+            load_checkpoint(path)
+
+
+def test_a_folder_that_cannot_be_synced_is_no_failure(tmp_path, monkeypatch):
+    """As on some network file systems; and no descriptor is left open."""
+    fsync = os.fsync
+
+    def picky(descriptor):
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise OSError(errno.EINVAL, "Invalid argument")
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", picky)
+    before = len(os.listdir("/proc/self/fd")) if os.path.isdir("/proc/self/fd") else 0
+    for _ in range(3):
+        save_checkpoint(tmp_path / "a.pth", progress(0, 0, True))
+    assert load_checkpoint(tmp_path / "a.pth")["epoch"] == 0
+    assert (len(os.listdir("/proc/self/fd")) if before else 0) == before

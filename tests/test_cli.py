@@ -253,11 +253,14 @@ def test_help_prints_every_default_of_fine_tuning_and_probe(capsys):
         ({"drop_path": 1}, "argument --drop_path: 1 is not"),
         ({"aa": "rand-q3"}, "timm can't use --aa rand-q3 (Unknown RandAugment"),
         ({"aa": "rand-n100-tweights"}, "timm can't use --aa rand-n100-tweights"),
-        ({"cutmix_minmax": [0.8, 0.2]}, "--cutmix_minmax 0.8 0.2: no side of an image of 8"),
-        ({"cutmix_minmax": [0.01, 0.1]}, "--cutmix_minmax 0.01 0.1: no side"),
+        ({"cutmix_minmax": [0.8, 0.2]}, "--cutmix_minmax 0.8 0.2 leaves no whole number of pixels"),
+        (
+            {"cutmix_minmax": [0.01, 0.1]},
+            "--cutmix_minmax 0.01 0.1 leaves no whole number of pixels",
+        ),
         ({"batch_size": 19}, "18 training images, fewer than one global batch of 19"),
         ({"finetune": "missing.pth"}, "checkpoint missing.pth does not exist"),
-        ({"eval": True, "finetune": ""}, "--eval needs the checkpoint of a classifier"),
+        ({"eval": True, "finetune": ""}, "--eval needs a classifier's checkpoint"),
     ],
     ids=lambda value: str(value) if isinstance(value, dict) else "",
 )
@@ -346,10 +349,10 @@ def test_wrong_checkpoints(
     write_images(renamed / "val" / "a", 2)
     write_images(renamed / "val" / "c", 2)
     flags = classify_flags | {"eval": True, "resume": classifier}
-    assert "not of both" in finetune_error(flags)
+    assert "by --resume or by --finetune" in finetune_error(flags)
     del flags["finetune"]
     for changed, message in (
-        ({"resume": encoder}, "has no head of a classifier: it holds a pre-trained encoder"),
+        ({"resume": encoder}, "has no classifier's head: it holds a pre-trained encoder"),
         ({"nb_classes": 3}, "trained with nb_classes 2, not 3"),
         ({"cls_token": True}, "trained with global_pool True, not False"),
         ({"model": "vit_tiny_patch4"}, "trained with model tiny_test_vit, not vit_tiny_patch4"),

@@ -564,7 +564,9 @@ def test_evaluation_batches_say_which_images_were_readable(torn_album):
     dataset = loading.ImageDataset(paths, data.eval_transform(16), seed=0)
     batches = loading.OrderedBatches(len(paths), 5, ALONE)
     loader = loading.ImageLoader(dataset, batches, ALONE, num_workers=0, pin_mem=False)
-    images, _, indices, readable = (torch.cat(parts) for parts in zip(*loader, strict=True))
+    images, _, indices, readable = (
+        torch.cat(parts) for parts in zip(*loader.eval_batches(), strict=True)
+    )
     assert images.shape == (12, 3, 16, 16)
     assert indices.tolist() == list(range(12))
     assert indices[~readable].tolist() == [1, 5, 6]

@@ -1,13 +1,17 @@
 """Labels and the augmentations of classifiers, against ImageFolder, timm, Pillow and arithmetic."""
 
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 import torch
-from helpers import CPU, difference, fill, photograph, pixels, resize_in_passes
+from helpers import CPU, ROOT, difference, fill, photograph, pixels, resize_in_passes
 from PIL import Image
 from timm.data import auto_augment, create_transform
 from timm.layers import to_2tuple
 from torchvision.datasets import ImageFolder
+from torchvision.transforms import v2
 
 from util import cli, data, flags, image_files, loading
 from util.distributed import Process
@@ -213,7 +217,8 @@ def test_evaluation_takes_every_image_and_its_label_once(tmp_path, world_size):
     for rank in range(world_size):
         process = Process(rank, world_size, CPU)
         options = {"batch_size": 8, "seed": 0, "num_workers": 0, "pin_mem": False}
-        for imgs, found, indices, readable in loading.eval_loader(paths, 5, process, **options):
+        loader = loading.eval_loader(paths, 5, process, **options)
+        for imgs, found, indices, readable in loader.eval_batches():
             assert imgs.shape[1:] == (3, 5, 5)
             assert readable.all()
             assert greys(imgs) == [2 * index + 1 for index in indices.tolist()]
@@ -281,12 +286,30 @@ def test_no_policy_trips_over_a_draw(aa):
 @pytest.mark.parametrize("name", ["Posterize", "PosterizeIncreasing", "PosterizeOriginal"])
 def test_posterize_keeps_the_highest_bits_also_if_these_are_none(name):
     image = photograph(61, 47)
+    data.finetune_transform(16)
     posterize = auto_augment.NAME_TO_OP[name]
     for bits in range(9):
         kept = posterize(image, bits, fillcolor=(1, 2, 3), resample=Image.BICUBIC)
         assert torch.equal(pixels(kept), pixels(image) & (0xFF00 >> bits & 0xFF))
         if bits:
             assert torch.equal(pixels(kept), pixels(auto_augment.posterize(image, bits)))
+
+
+def test_timm_is_changed_only_for_a_policy_under_pillow_13():
+    """In a process of its own, as this one may have made a policy before."""
+    code = """
+import PIL
+from timm.data import auto_augment
+from util import data
+original = auto_augment.NAME_TO_OP["Posterize"]
+data.finetune_transform(16, aa="none")
+data.probe_transform(16)
+assert auto_augment.NAME_TO_OP["Posterize"] is original
+data.finetune_transform(16)
+changed = auto_augment.NAME_TO_OP["Posterize"] is not original
+assert changed == (int(PIL.__version__.split(".")[0]) >= 13)
+"""
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
 
 
 @pytest.mark.parametrize(

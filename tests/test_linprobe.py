@@ -1,5 +1,6 @@
 """The linear probe as its users run it, against a loop written by hand."""
 
+import functools
 import signal
 
 import pytest
@@ -91,20 +92,29 @@ def test_checkpoints_hold_the_head_alone(classify_flags, linprobe):
 
 @pytest.fixture(scope="module")
 def uninterrupted(image_folder, encoder, tmp_path_factory):
-    """The final state of a run that nothing disturbed."""
-    output_dir = tmp_path_factory.mktemp("uninterrupted")
-    code, _, err = run(SCRIPT, linprobe_kill_flags(image_folder, encoder, output_dir))
-    assert code == 0, err
-    return final_state(output_dir, "test_loss")
+    """Gives the final state of a run in a type that nothing disturbed."""
+
+    @functools.cache
+    def outcome(amp):
+        output_dir = tmp_path_factory.mktemp("uninterrupted")
+        flags = linprobe_kill_flags(image_folder, encoder, output_dir) | {"amp": amp}
+        code, _, err = run(SCRIPT, flags)
+        assert code == 0, err
+        return final_state(output_dir, "test_loss")
+
+    return outcome
 
 
-@pytest.mark.parametrize(("number", "kill_line"), [(signal.SIGKILL, 13), (signal.SIGTERM, 4)])
+@pytest.mark.parametrize(
+    ("number", "amp", "kill_line"),
+    [(signal.SIGKILL, "off", 13), (signal.SIGTERM, "off", 4), (signal.SIGTERM, "bf16", 18)],
+)
 def test_killed_and_resumed_equals_uninterrupted(
-    image_folder, encoder, tmp_path, uninterrupted, number, kill_line
+    image_folder, encoder, tmp_path, uninterrupted, number, amp, kill_line
 ):
-    flags = linprobe_kill_flags(image_folder, encoder, tmp_path)
+    flags = linprobe_kill_flags(image_folder, encoder, tmp_path) | {"amp": amp}
     kill_and_resume(SCRIPT, flags, number, kill_line)
-    assert_same_bits(final_state(tmp_path, "test_loss"), uninterrupted)
+    assert_same_bits(final_state(tmp_path, "test_loss"), uninterrupted(amp))
 
 
 @pytest.mark.parametrize("processes", [1, 2])

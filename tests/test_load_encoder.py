@@ -12,14 +12,9 @@ from torch.nn import functional as F
 
 import models_vit
 from models_mae import MaskedAutoencoderViT
-from util.checkpoint import (
-    fingerprint,
-    load_checkpoint,
-    load_classifier,
-    load_encoder,
-    start_from,
-)
+from util.checkpoint import load_checkpoint
 from util.pos_embed import sincos_pos_embed_2d
+from util.pretrained import fingerprint, load_classifier, load_encoder, start_from
 
 ADDRESS = "https://example.invalid/models/released.pth"
 SMALL = {"embed_dim": 32, "depth": 2, "num_heads": 4}
@@ -248,7 +243,7 @@ def test_what_is_no_classifier_of_the_same_kind_is_refused(user_error):
         return user_error(lambda: load_classifier(classifier(**config), weights, "file.pth"))
 
     message = refusal(autoencoder_weights())
-    assert "file.pth has no head" in message
+    assert "file.pth has no classifier's head" in message
     assert "fine-tune it" in message
     message = refusal(classifier(num_classes=7).state_dict())
     assert "a classifier of 7 classes, not 5" in message
@@ -328,6 +323,40 @@ def test_positions_are_resampled_to_the_grid_of_the_model(old, new, change, user
     load_encoder(model, weights)
     exact = 0 if expected is table else 1e-6
     torch.testing.assert_close(model.pos_embed.detach(), expected, rtol=exact, atol=exact)
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [((2, 8), (4, 4)), ((4, 4), (2, 8)), ((3, 5), (6, 2)), ((2, 8), (2, 8))],
+    ids=str,
+)
+def test_a_file_that_says_its_input_size_is_believed(old, new, tmp_path, capsys):
+    """Also about tables that look like another grid's or like none; nothing is guessed aloud."""
+    config = {"img_size": (4 * old[0], 4 * old[1])}
+    weights = autoencoder_weights(**config)
+    weights["pos_embed"] = table = torch.randn(weights["pos_embed"].shape)
+    contents = {"model": weights, "args": argparse.Namespace(input_size=config["img_size"])}
+    torch.save(contents, tmp_path / "file.pth")
+    model = classifier((4 * new[0], 4 * new[1]))
+    start_from(model, tmp_path / "file.pth")
+    expected = table if old == new else resampled_by_hand(table, old, new)
+    torch.testing.assert_close(model.pos_embed.detach(), expected, rtol=1e-6, atol=1e-6)
+    assert not capsys.readouterr().err
+
+
+def test_a_guessed_grid_is_said(tmp_path, capsys):
+    torch.save(autoencoder_weights((8, 32)), tmp_path / "bare.pth")
+    start_from(classifier((16, 16)), tmp_path / "bare.pth")
+    err = capsys.readouterr().err
+    assert err.startswith(f"warning: {tmp_path}/bare.pth doesn't say its input_size")
+    start_from(classifier((8, 32)), tmp_path / "bare.pth")
+    assert not capsys.readouterr().err
+
+
+def test_an_input_size_that_the_positions_contradict_is_refused(user_error):
+    weights = autoencoder_weights(16)
+    message = user_error(lambda: load_encoder(classifier(16), weights, "file.pth", input_size=24))
+    assert message.startswith("file.pth has 16 positions, but says that it was trained on images")
 
 
 # ---- fingerprints

@@ -10,6 +10,7 @@ from torch import nn
 
 import models_mae
 import models_vit
+from util.pretrained import load_encoder
 
 CASES = FIGURES["vit"] + FIGURES["vit_base"]
 NAMES = [name for name in models_mae.MODELS if not name.endswith("8b") and "test" not in name]

@@ -1,5 +1,6 @@
 """Pre-training as its users run it: outputs, accumulation, resuming after any death."""
 
+import functools
 import json
 import signal
 import time
@@ -31,36 +32,43 @@ SCRIPT = "tests/tiny_pretrain.py"
 
 @pytest.fixture(scope="module")
 def uninterrupted(image_folder, tmp_path_factory):
-    """The final state of a run of three epochs that nothing disturbed."""
-    output_dir = tmp_path_factory.mktemp("uninterrupted")
-    code, _, err = run(SCRIPT, pretrain_kill_flags(image_folder, output_dir))
-    assert code == 0, err
-    return final_state(output_dir)
+    """Gives the final state of a run of three epochs in a type that nothing disturbed."""
+
+    @functools.cache
+    def state(amp):
+        output_dir = tmp_path_factory.mktemp("uninterrupted")
+        code, _, err = run(SCRIPT, pretrain_kill_flags(image_folder, output_dir) | {"amp": amp})
+        assert code == 0, err
+        return final_state(output_dir)
+
+    return state
 
 
 @pytest.mark.parametrize(
-    ("number", "workers", "kill_line"),
+    ("number", "workers", "amp", "kill_line"),
     [
-        (signal.SIGKILL, 0, 3),
-        (signal.SIGTERM, 0, 10),
-        (signal.SIGINT, 0, 19),
-        (signal.SIGKILL, 2, 16),
-        (signal.SIGTERM, 2, 24),
-        (signal.SIGINT, 2, 6),
+        (signal.SIGKILL, 0, "off", 3),
+        (signal.SIGTERM, 0, "off", 10),
+        (signal.SIGINT, 0, "off", 19),
+        (signal.SIGKILL, 2, "off", 16),
+        (signal.SIGTERM, 2, "off", 24),
+        (signal.SIGINT, 2, "off", 6),
+        (signal.SIGKILL, 0, "bf16", 12),
+        (signal.SIGTERM, 2, "bf16", 5),
     ],
 )
 def test_killed_and_resumed_equals_uninterrupted(
-    image_folder, tmp_path, uninterrupted, number, workers, kill_line
+    image_folder, tmp_path, uninterrupted, number, workers, amp, kill_line
 ):
-    flags = pretrain_kill_flags(image_folder, tmp_path, workers)
+    flags = pretrain_kill_flags(image_folder, tmp_path, workers) | {"amp": amp}
     kill_and_resume(SCRIPT, flags, number, kill_line)
-    assert_same_bits(final_state(tmp_path), uninterrupted)
+    assert_same_bits(final_state(tmp_path), uninterrupted(amp))
 
 
 def test_workers_do_not_change_the_result(image_folder, tmp_path, uninterrupted):
     code, _, err = run(SCRIPT, pretrain_kill_flags(image_folder, tmp_path, workers=3))
     assert code == 0, err
-    assert_same_bits(final_state(tmp_path), uninterrupted)
+    assert_same_bits(final_state(tmp_path), uninterrupted("off"))
 
 
 def test_outputs_of_a_run(pretrain_flags, pretrain, capsys):
@@ -78,7 +86,7 @@ def test_outputs_of_a_run(pretrain_flags, pretrain, capsys):
         assert record["images_per_s"] > 0
         assert 0 < record["train_loss"] < 10
         assert 0 < record["val_loss"] < 10
-    names = {path.name for path in out_dir.iterdir() if "tfevents" not in path.name}
+    names = {path.name for path in out_dir.iterdir() if "tfevents" not in path.name} - {".lock"}
     assert names == {"log.txt", "checkpoint-0.pth", "checkpoint-1.pth", "checkpoint-last.pth"}
 
     scalars, images = events(out_dir)
@@ -103,10 +111,10 @@ def spied_batches(monkeypatch):
     batches = []
     original = models_mae.MaskedAutoencoderViT.forward
 
-    def spy(self, imgs, mask_ratio, noise, **options):
+    def spy(self, imgs, mask_ratio, noise):
         if self.training:
             batches.append((imgs, noise))
-        return original(self, imgs, mask_ratio, noise, **options)
+        return original(self, imgs, mask_ratio, noise)
 
     monkeypatch.setattr(models_mae.MaskedAutoencoderViT, "forward", spy)
     return batches
@@ -191,13 +199,21 @@ def test_held_out_loss_is_the_mean_over_readable_images_under_fixed_masks(tmp_pa
     assert len({round(loss, 4) for loss in losses}) == 5
 
 
-def test_bf16_trains_and_float32_is_the_cpu_default(pretrain_flags, pretrain):
+@pytest.mark.parametrize("native", [False, True])
+def test_bf16_is_the_default_where_the_cpu_computes_it(
+    pretrain_flags, pretrain, monkeypatch, capsys, native
+):
+    """The first line says which type it is."""
+    monkeypatch.setattr("util.precision.cpu_computes_bf16", lambda: native)
     losses = {}
     for amp in ("auto", "off", "bf16"):
         out_dir = pretrain_flags["output_dir"] / amp
         pretrain(pretrain_flags | {"amp": amp, "output_dir": out_dir})
         losses[amp] = [loss for _, loss, _ in final_state(out_dir)[2]]
-    assert losses["auto"] == losses["off"]
+        types = {"auto": "bfloat16" if native else "float32", "off": "float32", "bf16": "bfloat16"}
+        first_line = capsys.readouterr().out.splitlines()[0]
+        assert first_line.endswith(f"1 x cpu, computing in {types[amp]}")
+    assert losses["auto"] == losses["bf16" if native else "off"]
     assert losses["bf16"] != losses["off"]
     assert losses["bf16"] == pytest.approx(losses["off"], rel=0.02)
 

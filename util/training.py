@@ -190,10 +190,16 @@ class Checkpoints:
 
     def _check_same_training(self, contents: dict[str, Any], path: str | Path) -> None:
         command = self.contents["command"]
-        if contents.get("command") != command or contents.get("format") not in (1, FORMAT):
+        if contents.get("command") != command:
             raise UserError(
                 f"{path} is not a training state of {command} and can't be resumed: "
                 "use another --output_dir"
+            )
+        if contents["format"] not in (1, FORMAT):
+            writer = contents.get("versions", {}).get("mae", "unknown")
+            raise UserError(
+                f"{path} has format {contents['format']}, written by version {writer} of this "
+                f"project, and can't be resumed by version {util.__version__}"
             )
         saved = contents["training"]
         if contents["format"] == 1:  # version 0.1, whose --amp auto was float32 on a CPU

@@ -1,0 +1,96 @@
+"""Signals: acknowledged at once, obeyed after an update or an epoch; a second one ends the run."""
+
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+from helpers import ROOT, assert_same_bits, final_state, start
+
+from util.checkpoint import load_checkpoint
+from util.stopping import SIGNALS, StopSignals
+
+SCRIPT = "tests/tiny_pretrain.py"
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_a_first_signal_is_acknowledged_and_its_echoes_are_not_a_second(number, capfd):
+    """torchrun and schedulers send the same request several times."""
+    before = signal.getsignal(number)
+    with StopSignals() as signals:
+        for _ in range(3):
+            os.kill(os.getpid(), number)
+        assert signals.received == number
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert signals.received == number
+    assert signal.getsignal(number) == before
+    (line,) = capfd.readouterr().err.splitlines()
+    assert line.startswith(f"{signal.Signals(number).name}: saving and stopping")
+    assert "a second signal ends the run now" in line
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_second_signal_ends_the_process(number):
+    code = """
+import time
+from util import stopping
+stopping.SAME_REQUEST_SECONDS = 0.0
+with stopping.StopSignals():
+    print("ready", flush=True)
+    while True:
+        time.sleep(0.01)
+"""
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, **pipes)
+    assert process.stdout.readline() == "ready\n"
+    process.send_signal(signal.SIGINT)
+    assert process.stderr.readline().startswith("SIGINT: saving and stopping")
+    process.send_signal(number)
+    assert process.wait(10) == -number
+    assert "ended by a second signal, without a save" in process.stderr.read()
+
+
+def test_a_signal_during_an_evaluation_stops_after_it(pretrain_flags, pretrain, monkeypatch):
+    """The epoch is logged and complete; the run continues to the same end."""
+    import main_pretrain
+
+    evaluate, calls = main_pretrain.evaluate, []
+
+    def signalled(*args, **kwargs):
+        calls.append(os.kill(os.getpid(), signal.SIGTERM) if not calls else None)
+        return evaluate(*args, **kwargs)
+
+    out_dir = pretrain_flags["output_dir"]
+    flags = pretrain_flags | {"epochs": 3}
+    monkeypatch.setattr(main_pretrain, "evaluate", signalled)
+    with pytest.raises(SystemExit) as stopped:
+        pretrain(flags)
+    assert stopped.value.code == 128 + signal.SIGTERM
+    contents = load_checkpoint(out_dir / "checkpoint-last.pth")
+    assert (contents["epoch"], contents["step"], contents["totals"]) == (0, 9, None)
+    assert len((out_dir / "log.txt").read_text().splitlines()) == 1
+    pretrain(flags)
+    undisturbed = out_dir / "undisturbed"
+    pretrain(flags | {"output_dir": undisturbed})
+    assert_same_bits(final_state(out_dir), final_state(undisturbed))
+
+
+def test_no_process_leaves_before_the_save_is_whole(pretrain_flags):
+    """A signal to rank 1 only: torchrun would kill rank 0 in the middle of a long save."""
+    flags = pretrain_flags | {"batch_size": 1, "epochs": 1000, "log_every": 1}
+    process = start("tests/slowly_saving_pretrain.py", flags, processes=2)
+    for line in process.stdout:
+        if line.startswith("rank 1 is process "):
+            rank_1 = int(line.split()[-1])
+        if "step 3/9" in line:
+            break
+    os.kill(rank_1, signal.SIGTERM)
+    out, err = process.communicate(timeout=60)
+    assert "SIGTERM: stopped after step" in out, err
+    left, saved = (
+        float((pretrain_flags["output_dir"] / name).read_text()) for name in ("left", "saved")
+    )
+    assert left > saved
+    step = int(out.split("stopped after step ")[1].split()[0])
+    assert load_checkpoint(pretrain_flags["output_dir"] / "checkpoint-last.pth")["step"] == step

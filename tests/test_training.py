@@ -1,0 +1,164 @@
+"""A training's state: restored under the same settings only, locked, and of which version."""
+
+import multiprocessing
+import signal
+
+import pytest
+import torch
+from helpers import CPU, assert_same_bits, final_state, run, start
+
+from util import optim, precision, training
+from util.checkpoint import load_checkpoint, save_checkpoint
+from util.distributed import Process
+from util.stopping import StopSignals
+
+ALONE = Process(0, 1, CPU)
+SCRIPT = "tests/tiny_pretrain.py"
+
+
+@pytest.mark.parametrize("part", ["model", "optimizer"])
+def test_a_state_that_is_not_finite_is_not_written(tmp_path, part, user_error):
+    model = torch.nn.Linear(2, 2)
+    optimizer = optim.adamw(model.parameters(), betas=(0.9, 0.95))
+    model(torch.ones(1, 2)).sum().backward()
+    optimizer.step()
+    state = training.TrainingState(model, optimizer, precision.grad_scaler(CPU, None), step=1)
+    checkpoints = training.Checkpoints(
+        tmp_path,
+        ALONE,
+        signals=StopSignals(),
+        settings={},
+        contents={},
+        epochs=1,
+        save_every=1,
+        save_minutes=5,
+    )
+    checkpoints.save_last(state)
+    (tmp_path / "checkpoint-last.pth").rename(tmp_path / "good.pth")
+    broken = model.weight.data if part == "model" else optimizer.state[model.weight]["exp_avg_sq"]
+    broken[0, 0] = float("inf")
+    state.step = 2
+    message = user_error(lambda: checkpoints.save_last(state))
+    assert f"the {part} holds values that are not finite after step 2 of epoch 0" in message
+    assert [path.name for path in tmp_path.iterdir()] == ["good.pth"]
+
+
+# ---- the same settings
+
+
+def test_a_resume_in_another_type_is_refused(pretrain_flags, pretrain, user_error):
+    pretrain(pretrain_flags | {"epochs": 1})
+    message = user_error(lambda: pretrain(pretrain_flags | {"epochs": 1, "amp": "bf16"}))
+    assert "dtype (float32 -> bfloat16)" in message
+    assert "--amp" in message
+
+
+def test_what_is_computed_defines_a_training_and_not_the_flag_for_it(
+    pretrain_flags, pretrain, monkeypatch, user_error, capsys
+):
+    """--amp auto goes on as off on a CPU without bf16, and is refused on one with it."""
+    flags = pretrain_flags | {"epochs": 1, "amp": "auto"}
+    monkeypatch.setattr("util.precision.cpu_computes_bf16", lambda: False)
+    pretrain(flags)
+    pretrain(flags | {"amp": "off"})
+    assert "resuming" in capsys.readouterr().out
+    monkeypatch.setattr("util.precision.cpu_computes_bf16", lambda: True)
+    assert "dtype (float32 -> bfloat16)" in user_error(lambda: pretrain(flags))
+
+
+@pytest.mark.parametrize("changed", ["num_workers", "save_every", "log_every", "device", "compile"])
+def test_flags_that_may_change(pretrain_flags, pretrain, capsys, changed):
+    pretrain(pretrain_flags | {"epochs": 1})
+    value = {"device": "auto", "compile": True}.get(changed, 1)
+    pretrain(pretrain_flags | {"epochs": 1, changed: value})
+    assert "resuming" in capsys.readouterr().out
+
+
+def as_version_1(path, **changed):
+    """Rewrite a checkpoint as version 0.1 wrote it: without the type, with the flag for it."""
+    contents = load_checkpoint(path)
+    contents["format"] = 1
+    del contents["training"]["dtype"], contents["versions"]["mae"]
+    contents["training"] |= {"amp": contents["args"]["amp"]} | changed
+    save_checkpoint(path, contents)
+
+
+def test_trainings_of_version_0_1_resume(pretrain_flags, pretrain, user_error, monkeypatch):
+    """In float32, where --amp auto on a CPU meant that; with --amp off on a CPU with bf16."""
+    out_dir = pretrain_flags["output_dir"]
+    flags = pretrain_flags | {"save_every": 1}
+    pretrain(flags)
+    expected = final_state(out_dir)
+    path = out_dir / "checkpoint-0.pth"
+    as_version_1(path, amp="auto")
+    for name in ("checkpoint-1.pth", "checkpoint-last.pth"):
+        (out_dir / name).unlink()
+    monkeypatch.setattr("util.precision.cpu_computes_bf16", lambda: True)
+    message = user_error(lambda: pretrain(flags | {"amp": "auto"}))
+    assert "dtype (float32 -> bfloat16)" in message
+    assert "--amp chooses the dtype: off is float32" in message
+    pretrain(flags)
+    assert_same_bits(final_state(out_dir), expected)
+
+
+def test_a_format_of_the_future_is_refused(pretrain_flags, pretrain, user_error):
+    pretrain(pretrain_flags | {"epochs": 1})
+    path = pretrain_flags["output_dir"] / "checkpoint-last.pth"
+    contents = load_checkpoint(path)
+    versions = contents["versions"] | {"mae": "9.0"}
+    save_checkpoint(path, contents | {"format": 99, "versions": versions})
+    for other in path.parent.glob("checkpoint-*[0-9].pth"):
+        other.unlink()
+    message = user_error(lambda: pretrain(pretrain_flags | {"epochs": 1}))
+    assert "format 99, written by version 9.0 of this project" in message
+
+
+# ---- the lock
+
+
+def test_a_second_run_is_refused_while_the_first_lives(pretrain_flags):
+    """The lock of a killed run doesn't hold, though its workers may live a little longer."""
+    flags = pretrain_flags | {"epochs": 1000, "log_every": 1, "num_workers": 2}
+    first = start(SCRIPT, flags)
+    assert any("step 2/9" in line for line in first.stdout)
+    code, out, err = run(SCRIPT, flags)
+    assert code == 2, err
+    assert "step" not in out
+    assert err.startswith(f"error: another run (process {first.pid} on ")
+    assert len(err.splitlines()) == 1
+    first.send_signal(signal.SIGKILL)
+    first.wait()
+    second = start(SCRIPT, flags)
+    assert any("step 2/9" in line for line in second.stdout)
+    second.kill()
+    second.communicate()
+
+
+def test_a_refused_run_leaves_the_lock_to_the_first(tmp_path, user_error):
+    def hold(output_dir, locked, release):
+        with training.lock(output_dir, ALONE):
+            locked.set()
+            release.wait(30)
+
+    context = multiprocessing.get_context("fork")
+    locked, release = context.Event(), context.Event()
+    holder = context.Process(target=hold, args=(tmp_path, locked, release))
+    holder.start()
+    assert locked.wait(30)
+    for _ in range(2):
+        message = user_error(lambda: training.lock(tmp_path, ALONE).__enter__())
+        assert message.startswith(f"another run (process {holder.pid} on ")
+    release.set()
+    holder.join()
+    with training.lock(tmp_path, ALONE):
+        pass
+
+
+def test_where_locks_are_not_supported_a_warning_says_so(tmp_path, monkeypatch, capsys):
+    def refuse(*_):
+        raise OSError(37, "No locks available")
+
+    monkeypatch.setattr("fcntl.lockf", refuse)
+    with training.lock(tmp_path, ALONE):
+        pass
+    assert "can't be locked (No locks available)" in capsys.readouterr().err
