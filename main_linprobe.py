@@ -6,8 +6,8 @@
     python $RUN --output_dir probed --eval --resume probed/checkpoint-best.pth
 
 Classes are the folders in DIR/train and DIR/val; CKPT is what main_finetune.py takes. The
-checkpoints of the probe hold its head alone. Run the same command again to continue after any
-interruption.
+probe's checkpoints hold only its head. The epoch loop is main_finetune.py's. Run the same command
+again to continue after any interruption.
 """
 
 import util.threads  # noqa: F401  before torch, whose threads it sets
@@ -90,7 +90,7 @@ def evaluate_checkpoint(args, process):
         raise UserError(f"{args.resume} is not a checkpoint of main_linprobe.py")
     model, head, encoder = build_model(args)
     if encoder != contents["training"]["encoder"]:
-        raise UserError(f"{args.resume} probes another encoder than {args.finetune}")
+        raise UserError(f"{args.resume} is a probe of a different encoder than {args.finetune}")
     head.load_state_dict(contents["model"])
     evaluate_classifier(args, process, model, contents, args.resume)
 

@@ -44,7 +44,7 @@ def get_args_parser():
     )
     flags.add_device_flag(parser)
     unsaid = parser.add_argument_group(
-        "For checkpoints that hold weights alone", "ours say all of this themselves"
+        "For checkpoints that hold only weights", "ours say all of this themselves"
     )
     unsaid.add_argument("--model", metavar="NAME", help="name of the model")
     flags.add_input_size_flag(unsaid, default=None)

@@ -1,4 +1,4 @@
-# The flags of the demo's commands: two minutes of pre-training, then a minute for each of the others.
+# The flags of the demo's commands: two minutes of pre-training, then a minute each for the rest.
 
 shared=(--data_path demo/fashion_mnist --input_size 28 --batch_size 64 --device cpu)
 

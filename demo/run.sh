@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The demo: a small masked autoencoder, pre-trained on 8,000 bundled images on the CPU, then
-# fine-tuned as a classifier and probed. It runs the commands that it prints and no others;
+# fine-tuned as a classifier and probed. It runs only the commands that it prints;
 # interrupted, it continues where it was.
 set -euo pipefail
 cd "$(dirname "$0")/.."

@@ -46,7 +46,7 @@ except OSError as error:
 
 
 def test_training_outlives_a_full_disk_but_not_its_final_checkpoint(pretrain_flags):
-    """The same limit on a whole run: warned of every time, an error at the end."""
+    """The same limit on a whole run: a warning each time, an error at the end."""
 
     def limit():
         resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))

@@ -369,7 +369,7 @@ def test_wrong_checkpoints(
     other = tmp_path / "other.pth"
     torch.save(contents, other)
     for changed, message in (
-        ({"finetune": other}, "is a probe of another encoder"),
+        ({"finetune": other}, "is a probe of a different encoder"),
         ({"nb_classes": 3}, "trained with nb_classes 2, not 3"),
         ({"global_pool": True}, "trained with global_pool False, not True"),
         ({"resume": classifier}, "is not a checkpoint of main_linprobe.py"),

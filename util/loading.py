@@ -46,7 +46,7 @@ class ImageDataset(torch.utils.data.Dataset):
     """Images and their labels, transformed as a function of (seed, epoch, index).
 
     `dataset[epoch, index]` is (uint8 image [3, height, width], label, index, whether the image was
-    readable); an unreadable one is replaced, with its label, by another one chosen from the seed.
+    readable); an unreadable one is replaced, with its label, by one that the seed chooses.
     """
 
     def __init__(self, paths: ImagePaths, transform: Callable[[Tensor], Tensor], seed: int) -> None:

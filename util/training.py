@@ -63,7 +63,7 @@ def defining_settings(
     images: ImagePaths,
     process: distributed.Process,
     amp_dtype: torch.dtype | None,
-    **others: Any,
+    **further: Any,
 ) -> dict[str, Any]:
     """What defines a training, by name: a checkpoint resumes only under equal settings.
 
@@ -72,7 +72,7 @@ def defining_settings(
         images: those of the training.
         process: this process, for their number.
         amp_dtype: a `resolve_amp` type.
-        others: further settings.
+        further: more settings.
     """
     return {
         **flags,
@@ -80,7 +80,7 @@ def defining_settings(
         "images": len(images),
         "image_names": images.fingerprint,
         "dtype": dtype_name(amp_dtype),
-        **others,
+        **further,
     }
 
 
