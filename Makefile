@@ -11,11 +11,12 @@ demo: $(READY)  ## pre-train a small model on the bundled images, on the CPU, an
 	PATH="$(CURDIR)/.venv/bin:$$PATH" bash demo/run.sh
 
 test: $(READY) lint  ## lint, then run the tests
-	.venv/bin/python -m pytest
+	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n 2 --dist worksteal
 
 lint: $(READY)  ## check style and formatting
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
+	.venv/bin/mypy
 
 SMALL := --batch_size 128 --pairs 7 --turn 2 --sides ours:auto \
 	ours:auto:compile ours:off plain:off transformers:off transformers:bf16 lightly:off

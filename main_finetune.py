@@ -283,15 +283,16 @@ def evaluate_checkpoint(args, process):
     if not path:
         raise UserError("--eval needs a classifier's checkpoint: give it by --resume")
     contents = checkpoint.load_checkpoint(path)
+    val_paths = find_val_images(args, contents, path)
     model = build_model(args)
     pretrained.load_classifier(
         model, contents["model"], path, pretrained.saved_input_size(contents)
     )
-    evaluate_classifier(args, process, model, contents, path)
+    evaluate_classifier(args, process, model, val_paths, path)
 
 
-def evaluate_classifier(args, process, model, contents, path):
-    """Evaluate a classifier, with the `contents` of the checkpoint at `path`: print, write."""
+def find_val_images(args, contents, path):
+    """The held-out images; an error if flags or classes differ from those of the checkpoint."""
     pretrained.check_flags(
         contents,
         path,
@@ -305,6 +306,11 @@ def evaluate_classifier(args, process, model, contents, path):
     (val_paths,) = image_files.find_labelled_images(args.data_path, args.nb_classes, ["val"])
     if "classes" in contents:
         image_files.check_classes(val_paths, contents["classes"], path)
+    return val_paths
+
+
+def evaluate_classifier(args, process, model, val_paths, path):
+    """Evaluate a classifier, the checkpoint at `path`; print and write its accuracy."""
     val_loader = loading.eval_loader(
         val_paths,
         args.input_size,

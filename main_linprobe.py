@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 import models_vit
-from main_finetune import evaluate_classifier, train_classifier
+from main_finetune import evaluate_classifier, find_val_images, train_classifier
 from util import checkpoint, cli, data, distributed, flags, precision, pretrained, speed, training
 from util.errors import UserError
 from util.lars import LARS
@@ -88,11 +88,12 @@ def evaluate_checkpoint(args, process):
     contents = checkpoint.load_checkpoint(args.resume)
     if contents.get("command") != "main_linprobe.py":
         raise UserError(f"{args.resume} is not a checkpoint of main_linprobe.py")
+    val_paths = find_val_images(args, contents, args.resume)
     model, head, encoder = build_model(args)
     if encoder != contents["training"]["encoder"]:
         raise UserError(f"{args.resume} is a probe of a different encoder than {args.finetune}")
     head.load_state_dict(contents["model"])
-    evaluate_classifier(args, process, model, contents, args.resume)
+    evaluate_classifier(args, process, model, val_paths, args.resume)
 
 
 def build_model(args):

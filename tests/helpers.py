@@ -3,10 +3,15 @@
 import functools
 import io
 import json
+import multiprocessing
 import os
+import runpy
 import signal
+import socket
 import subprocess
 import sys
+import tempfile
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +23,13 @@ from util.checkpoint import load_checkpoint
 
 ROOT = Path(__file__).parent.parent
 CPU = torch.device("cpu")
+
+# For scripts in processes of their own: where they import from, and one thread each.
+os.environ |= {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "OMP_NUM_THREADS": "1"}
+FORKS = multiprocessing.get_context("forkserver")
+FORKS.set_forkserver_preload(
+    ["benchmarks.train_step", "tiny_finetune", "tiny_linprobe", "tiny_pretrain"]
+)
 
 
 # ---- images
@@ -110,15 +122,14 @@ def runner(command):
     return lambda flags: command.main(command.get_args_parser().parse_args(command_line(flags)))
 
 
-def start(script, flags, processes=1, **popen):
-    """Start a script of the tests or of the project, under torchrun for several processes."""
+def start_fresh(script, flags, processes=1, **popen):
+    """Start a script as users do, by Python or torchrun; returns a Popen."""
     launcher = [sys.executable]
     if processes > 1:
         launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
     return subprocess.Popen(
         [*launcher, str(ROOT / script), *command_line(flags)],
         cwd=ROOT,
-        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -126,9 +137,71 @@ def start(script, flags, processes=1, **popen):
     )
 
 
-def run(script, flags, processes=1, timeout=120, **popen):
+class ForkedScript:
+    """A script, used like a Popen, without the seconds that its imports take.
+
+    It is forked from an interpreter that has done them. Several processes of it share their
+    outputs; what torchrun does besides starting them is missing.
+    """
+
+    def __init__(self, script, flags, processes=1):
+        reader, writer = FORKS.Pipe(duplex=False)
+        self.stdout = os.fdopen(os.dup(reader.fileno()))
+        self._stderr = tempfile.NamedTemporaryFile("r")  # noqa: SIM115
+        argv = [str(ROOT / script), *command_line(flags)]
+        environment = {"WORLD_SIZE": str(processes), "MASTER_ADDR": "localhost"}
+        with socket.create_server(("localhost", 0)) as free:
+            environment["MASTER_PORT"] = str(free.getsockname()[1])
+        self._ranks = []
+        for rank in map(str, range(processes)):
+            environment |= {"RANK": rank, "LOCAL_RANK": rank}
+            outputs = (writer, self._stderr.name)
+            self._ranks.append(FORKS.Process(target=run_here, args=(argv, environment, *outputs)))
+            self._ranks[-1].start()
+        writer.close()
+        self.pid = self._ranks[0].pid
+
+    @property
+    def returncode(self):
+        return next((rank.exitcode for rank in self._ranks if rank.exitcode), 0)
+
+    def send_signal(self, number):
+        for rank in self._ranks:
+            if rank.is_alive():
+                os.kill(rank.pid, number)
+
+    def kill(self):
+        self.send_signal(signal.SIGKILL)
+
+    def wait(self):
+        for rank in self._ranks:
+            rank.join()
+        return self.returncode
+
+    def communicate(self, timeout=120):
+        """The rest of stdout, and stderr; kills what still runs after so many seconds."""
+        timer = threading.Timer(timeout, self.kill)
+        timer.start()
+        with self.stdout, self._stderr:
+            out = self.stdout.read()
+            self.wait()
+            timer.cancel()
+            return out, self._stderr.read()
+
+
+def run_here(argv, environment, stdout, stderr):
+    """In a forked process: run a script as the main module."""
+    os.dup2(stdout.fileno(), 1)
+    stdout.close()
+    os.dup2(os.open(stderr, os.O_WRONLY | os.O_APPEND), 2)
+    os.environ |= environment
+    sys.argv = argv
+    runpy.run_path(argv[0], run_name="__main__")
+
+
+def run(script, flags, processes=1, *, timeout=120, start=ForkedScript):
     """Run a script to its end; returns (exit code, stdout, stderr)."""
-    process = start(script, flags, processes, **popen)
+    process = start(script, flags, processes)
     try:
         out, err = process.communicate(timeout=timeout)
     finally:
@@ -190,7 +263,7 @@ def kill_and_resume(script, flags, number, kill_line):
 
     With two steps an update and `save_minutes` 0, the third line tells of a checkpoint.
     """
-    process = start(script, flags)
+    process = ForkedScript(script, flags)
     shown = (line for line in process.stdout if line.startswith("epoch "))
     for _ in range(kill_line):
         next(shown)

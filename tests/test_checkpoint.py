@@ -2,6 +2,7 @@
 
 import argparse
 import errno
+import functools
 import io
 import os
 import pickle
@@ -12,7 +13,7 @@ import sys
 
 import pytest
 import torch
-from helpers import ROOT, run
+from helpers import ROOT, run, start_fresh
 
 from util.checkpoint import TornCheckpoint, find_checkpoint, load_checkpoint, save_checkpoint
 
@@ -52,7 +53,8 @@ def test_training_outlives_a_full_disk_but_not_its_final_checkpoint(pretrain_fla
         resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))
 
     limited = ROOT / "tests" / "tiny_pretrain.py"
-    code, out, err = run(limited, pretrain_flags, preexec_fn=limit)
+    start = functools.partial(start_fresh, preexec_fn=limit)
+    code, out, err = run(limited, pretrain_flags, start=start)
     assert code == 2, err
     assert "step 9/9" in out
     assert "checkpoint-last.pth could not be written" in err

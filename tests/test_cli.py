@@ -4,7 +4,7 @@ from functools import partial
 
 import pytest
 import torch
-from helpers import command_line, run, write_images
+from helpers import command_line, run, start_fresh, write_images
 
 import main_finetune
 import main_linprobe
@@ -386,7 +386,7 @@ def test_scripts_exit_with_the_error(tmp_path):
         ("main_pretrain.py", {"data_path": tmp_path / "missing", "device": "cpu"}),
         ("main_visualize.py", {"checkpoint": tmp_path / "missing", "images": "a.png"}),
     ):
-        code, out, err = run(script, flags)
+        code, out, err = run(script, flags, start=start_fresh)
         assert (code, out) == (2, "")
         assert err.startswith("error: ")
         assert len(err.splitlines()) == 1

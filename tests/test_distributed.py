@@ -6,7 +6,7 @@ import time
 
 import pytest
 import torch
-from helpers import final_state, run, start, write_images
+from helpers import ForkedScript, final_state, run, start_fresh, write_images
 
 from util.distributed import Process
 from util.loading import ShuffledBatches
@@ -90,7 +90,7 @@ def test_two_processes_train_as_one_and_only_rank_0_writes(pretrain_flags):
 
 def test_sigterm_to_torchrun_saves_and_resumes(pretrain_flags):
     flags = pretrain_flags | {"batch_size": 1, "epochs": 40, "log_every": 1}
-    process = start(SCRIPT, flags, processes=2)
+    process = start_fresh(SCRIPT, flags, processes=2)
     for line in process.stdout:
         if "step 3/9" in line:
             break
@@ -99,15 +99,15 @@ def test_sigterm_to_torchrun_saves_and_resumes(pretrain_flags):
     assert process.returncode != 0
     assert "SIGTERM: stopped after step" in out, err
     assert 'main_pretrain.py", line' not in err  # torchrun shows a traceback of its own
-    process = start(SCRIPT, flags, processes=2)
+    process = ForkedScript(SCRIPT, flags, processes=2)
     assert any("resuming" in line for line in process.stdout)
-    process.terminate()
+    process.kill()
     process.communicate(timeout=60)
 
 
 def test_both_processes_stop_in_epochs_of_one_step(pretrain_flags):
     flags = pretrain_flags | {"batch_size": 9, "epochs": 1000}
-    process = start(SCRIPT, flags, processes=2)
+    process = ForkedScript(SCRIPT, flags, processes=2)
     for line in process.stdout:
         if "epoch 3/1000  done" in line:
             break
@@ -119,7 +119,8 @@ def test_both_processes_stop_in_epochs_of_one_step(pretrain_flags):
 def test_a_failing_rank_brings_the_job_down(pretrain_flags):
     flags = pretrain_flags | {"epochs": 1000, "batch_size": 1}
     began = time.monotonic()
-    code, _, err = run("tests/failing_pretrain.py", flags, processes=2, timeout=100)
+    script = "tests/failing_pretrain.py"
+    code, _, err = run(script, flags, processes=2, timeout=100, start=start_fresh)
     assert code != 0
     assert "rank 1 fails here" in err
     assert time.monotonic() - began < 60

@@ -10,13 +10,14 @@ import numpy as np
 import pytest
 import torch
 from helpers import (
+    ForkedScript,
     assert_same_bits,
     events,
     final_state,
     finetune_kill_flags,
     kill_and_resume,
     run,
-    start,
+    start_fresh,
     write_images,
 )
 from PIL import Image
@@ -136,7 +137,7 @@ def uninterrupted(image_folder, encoder, tmp_path_factory):
     def outcome(amp):
         output_dir = tmp_path_factory.mktemp("uninterrupted")
         flags = finetune_kill_flags(image_folder, encoder, output_dir) | {"amp": amp}
-        code, _, err = run(SCRIPT, flags)
+        code, _, err = run(SCRIPT, flags, start=start_fresh)
         assert code == 0, err
         return output_dir
 
@@ -335,7 +336,7 @@ def test_a_run_is_evaluated_as_it_was_in_training(classify_flags, finetune, caps
 
 def test_two_processes_fine_tune_stop_and_evaluate(classify_flags):
     flags = classify_flags | {"batch_size": 2, "epochs": 3, "log_every": 1, "mixup": 0.5}
-    process = start(SCRIPT, flags, processes=2)
+    process = ForkedScript(SCRIPT, flags, processes=2)
     for line in process.stdout:
         if "step 2/4" in line:
             break

@@ -5,7 +5,14 @@ import signal
 
 import pytest
 import torch
-from helpers import assert_same_bits, final_state, kill_and_resume, linprobe_kill_flags, run
+from helpers import (
+    assert_same_bits,
+    final_state,
+    kill_and_resume,
+    linprobe_kill_flags,
+    run,
+    start_fresh,
+)
 from torch import nn
 
 import models_vit
@@ -98,7 +105,7 @@ def uninterrupted(image_folder, encoder, tmp_path_factory):
     def outcome(amp):
         output_dir = tmp_path_factory.mktemp("uninterrupted")
         flags = linprobe_kill_flags(image_folder, encoder, output_dir) | {"amp": amp}
-        code, _, err = run(SCRIPT, flags)
+        code, _, err = run(SCRIPT, flags, start=start_fresh)
         assert code == 0, err
         return final_state(output_dir, "test_loss")
 

@@ -15,6 +15,7 @@ from helpers import (
     kill_and_resume,
     pretrain_kill_flags,
     run,
+    start_fresh,
     write_images,
 )
 from PIL import Image
@@ -37,7 +38,9 @@ def uninterrupted(image_folder, tmp_path_factory):
     @functools.cache
     def state(amp):
         output_dir = tmp_path_factory.mktemp("uninterrupted")
-        code, _, err = run(SCRIPT, pretrain_kill_flags(image_folder, output_dir) | {"amp": amp})
+        code, _, err = run(
+            SCRIPT, pretrain_kill_flags(image_folder, output_dir) | {"amp": amp}, start=start_fresh
+        )
         assert code == 0, err
         return final_state(output_dir)
 

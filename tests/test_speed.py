@@ -2,12 +2,12 @@
 
 import contextlib
 import json
-import subprocess
 import sys
 
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers import CPU, run
 from timm.layers import DropPath
 
 import models_mae
@@ -15,8 +15,6 @@ import models_vit
 from benchmarks.sides import Setting, ours
 from util import speed
 from util.logs import Meter
-
-CPU = torch.device("cpu")
 
 
 def loss_and_gradients(model):
@@ -148,11 +146,13 @@ def test_commands_keep_freed_memory_on_a_cpu(
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="glibc's allocator")
-def test_kept_memory_is_not_mapped_anew():
-    faults = [
-        int(subprocess.check_output([sys.executable, "-c", FAULTS.format(keep=keep)], text=True))
-        for keep in (False, True)
-    ]
+def test_kept_memory_is_not_mapped_anew(tmp_path):
+    script, faults = tmp_path / "faults.py", []
+    for keep in (False, True):
+        script.write_text(FAULTS.format(keep=keep))
+        code, out, err = run(script, {})
+        assert code == 0, err
+        faults.append(int(out))
     pages = 2**26 // 4096
     assert faults[0] - faults[1] > 5 * pages
 

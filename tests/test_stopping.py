@@ -6,7 +6,7 @@ import subprocess
 import sys
 
 import pytest
-from helpers import ROOT, assert_same_bits, final_state, start
+from helpers import ROOT, assert_same_bits, final_state, start_fresh
 
 from util.checkpoint import load_checkpoint
 from util.stopping import SIGNALS, StopSignals
@@ -79,7 +79,7 @@ def test_a_signal_during_an_evaluation_stops_after_it(pretrain_flags, pretrain, 
 def test_no_process_leaves_before_the_save_is_whole(pretrain_flags):
     """A signal to rank 1 only: torchrun would kill rank 0 in the middle of a long save."""
     flags = pretrain_flags | {"batch_size": 1, "epochs": 1000, "log_every": 1}
-    process = start("tests/slowly_saving_pretrain.py", flags, processes=2)
+    process = start_fresh("tests/slowly_saving_pretrain.py", flags, processes=2)
     for line in process.stdout:
         if line.startswith("rank 1 is process "):
             rank_1 = int(line.split()[-1])

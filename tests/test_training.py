@@ -5,7 +5,7 @@ import signal
 
 import pytest
 import torch
-from helpers import CPU, assert_same_bits, final_state, run, start
+from helpers import CPU, ForkedScript, assert_same_bits, final_state, run
 
 from util import optim, precision, training
 from util.checkpoint import load_checkpoint, save_checkpoint
@@ -119,7 +119,7 @@ def test_a_format_of_the_future_is_refused(pretrain_flags, pretrain, user_error)
 def test_a_second_run_is_refused_while_the_first_lives(pretrain_flags):
     """The lock of a killed run doesn't hold, though its workers may live a little longer."""
     flags = pretrain_flags | {"epochs": 1000, "log_every": 1, "num_workers": 2}
-    first = start(SCRIPT, flags)
+    first = ForkedScript(SCRIPT, flags)
     assert any("step 2/9" in line for line in first.stdout)
     code, out, err = run(SCRIPT, flags)
     assert code == 2, err
@@ -128,7 +128,7 @@ def test_a_second_run_is_refused_while_the_first_lives(pretrain_flags):
     assert len(err.splitlines()) == 1
     first.send_signal(signal.SIGKILL)
     first.wait()
-    second = start(SCRIPT, flags)
+    second = ForkedScript(SCRIPT, flags)
     assert any("step 2/9" in line for line in second.stdout)
     second.kill()
     second.communicate()
