@@ -44,7 +44,7 @@ from util.seeding import derive_seed
 def get_args_parser():
     parser = cli.ArgumentParser(description=__doc__)
     model = flags.add_classifier_flags(parser)
-    model.add_argument(
+    flags.MayChange(model).add_argument(
         "--finetune", metavar="CKPT", help="start from this encoder; if not given, from scratch"
     )
     model.add_argument(
@@ -169,35 +169,24 @@ def train_classifier(
     random_erasing=None,
     mixup=None,
 ):
-    """Train a classifier to its end: the part that fine-tuning and the linear probe share.
+    """Train a classifier to its end, as fine-tuning and the linear probe do.
 
     Args:
-        args, process: the command's flags and this `distributed.Process`.
-        model: the classifier on its device.
-        optimizer, criterion: as of `train_one_epoch`.
-        command, parser: the command's name and the parser of its flags.
         encoder: fingerprint of the pre-trained encoder, or None.
-        trained: the module that is trained and saved: the model or its head.
-        transform: the transform of training images.
+        trained: the module to train and save: the model or its head.
         title: the start of the run's first line.
-        random_erasing, mixup: as of `train_one_epoch`.
     """
     amp_dtype = precision.resolve_amp(args.amp, process.device)
+    dtype = precision.dtype_name(amp_dtype)
     if process.device.type == "cpu":
         speed.keep_freed_memory()
 
     # ---- data
     train_paths, val_paths = image_files.find_labelled_images(args.data_path, args.nb_classes)
-    batching = dict(
-        batch_size=args.batch_size,
-        seed=args.seed,
-        num_workers=args.num_workers,
-        pin_mem=args.pin_mem,
-    )
     train_loader = loading.train_loader(
-        train_paths, transform, process, accum_iter=args.accum_iter, **batching
+        train_paths, transform, process, accum_iter=args.accum_iter, **batching(args)
     )
-    val_loader = loading.eval_loader(val_paths, args.input_size, process, **batching)
+    val_loader = loading.eval_loader(val_paths, args.input_size, process, **batching(args))
 
     # ---- schedule, resume
     effective_batch = args.batch_size * args.accum_iter * process.world_size
@@ -216,13 +205,14 @@ def train_classifier(
         args.output_dir,
         process,
         signals=signals,
-        settings=training.defining_settings(
-            flags.fixed(parser, vars(args)),
-            images=train_paths,
-            process=process,
-            amp_dtype=amp_dtype,
-            encoder=encoder,
-        ),
+        settings=flags.fixed(parser, vars(args))
+        | {
+            "processes": process.world_size,
+            "images": len(train_paths),
+            "image_names": train_paths.fingerprint,
+            "dtype": dtype,
+            "encoder": encoder,
+        },
         contents={"command": command, "args": vars(args), "classes": train_paths.classes},
         epochs=args.epochs,
         save_every=args.save_every,
@@ -237,7 +227,6 @@ def train_classifier(
         loss_tag="loss",
         start=state.epoch + state.step / len(train_loader),
     )
-    dtype = precision.dtype_name(amp_dtype)
     size = logs.describe_training(process, effective_batch, schedule["lr"], dtype)
     log.line(f"{title}, on {len(train_paths)} images of {len(train_paths.classes)} classes; {size}")
 
@@ -270,7 +259,8 @@ def train_classifier(
             log.line(logs.accuracy_line(figures))
             log.epoch(record | figures | {"n_parameters": parameters})
             checkpoints.save_epoch(state, score=figures["test_acc1"])
-            log.performance(state.epoch + 1, figures)
+            # By epoch, and after the save: an epoch that runs again would be drawn twice.
+            log.scalars(state.epoch + 1, {f"perf/{name}": v for name, v in figures.items()})
             state.begin_next_epoch()
     checkpoints.finish()
     log.line(f"done: {args.epochs} epochs, see {args.output_dir}")
@@ -311,21 +301,23 @@ def find_val_images(args, contents, path):
 
 def evaluate_classifier(args, process, model, val_paths, path):
     """Evaluate a classifier, the checkpoint at `path`; print and write its accuracy."""
-    val_loader = loading.eval_loader(
-        val_paths,
-        args.input_size,
-        process,
-        batch_size=args.batch_size,
-        seed=args.seed,
-        num_workers=args.num_workers,
-        pin_mem=args.pin_mem,
-    )
+    val_loader = loading.eval_loader(val_paths, args.input_size, process, **batching(args))
     amp_dtype = precision.resolve_amp(args.amp, process.device)
     speed.prepare(model, process.device, amp_dtype)
     figures = evaluate(model.to(process.device), val_loader, amp_dtype=amp_dtype)
     logs.report_evaluation(
         args.output_dir, process, figures, checkpoint=path, images=len(val_paths)
     )
+
+
+def batching(args):
+    """The keywords that loaders share."""
+    return {
+        "batch_size": args.batch_size,
+        "seed": args.seed,
+        "num_workers": args.num_workers,
+        "pin_mem": args.pin_mem,
+    }
 
 
 def build_model(args):

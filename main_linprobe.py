@@ -27,7 +27,9 @@ from util.seeding import derive_seed
 def get_args_parser():
     parser = cli.ArgumentParser(description=__doc__)
     model = flags.add_classifier_flags(parser)
-    model.add_argument("--finetune", metavar="CKPT", required=True, help="the encoder to probe")
+    flags.MayChange(model).add_argument(
+        "--finetune", metavar="CKPT", required=True, help="the encoder to probe"
+    )
     flags.add_data_flags(parser)
     flags.add_optimization_flags(parser)
     flags.add_runtime_flags(parser)

@@ -76,6 +76,7 @@ def pretrain(args, process):
     if process.device.type == "cpu":
         speed.keep_freed_memory()
     amp_dtype = precision.resolve_amp(args.amp, process.device)
+    dtype = precision.dtype_name(amp_dtype)
     effective_batch = args.batch_size * args.accum_iter * process.world_size
     schedule = make_schedule(
         effective_batch,
@@ -132,12 +133,13 @@ def pretrain(args, process):
         args.output_dir,
         process,
         signals=signals,
-        settings=training.defining_settings(
-            flags.fixed(get_args_parser(), vars(args)),
-            images=train_paths,
-            process=process,
-            amp_dtype=amp_dtype,
-        ),
+        settings=flags.fixed(get_args_parser(), vars(args))
+        | {
+            "processes": process.world_size,
+            "images": len(train_paths),
+            "image_names": train_paths.fingerprint,
+            "dtype": dtype,
+        },
         contents={"command": "main_pretrain.py", "args": vars(args)},
         epochs=args.epochs,
         save_every=args.save_every,
@@ -153,7 +155,6 @@ def pretrain(args, process):
         start=state.epoch + state.step / len(train_loader),
     )
     parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    dtype = precision.dtype_name(amp_dtype)
     size = logs.describe_training(process, effective_batch, schedule["lr"], dtype)
     log.line(
         f"{args.model}, {parameters / 1e6:.1f} M parameters, on {len(train_paths)} images; {size}"
@@ -188,7 +189,7 @@ def pretrain(args, process):
                     amp_dtype=amp_dtype,
                     seed=args.seed,
                 )
-                log.scalars(state.epoch + 1, **held_out)
+                log.scalars(1000 * (state.epoch + 1), held_out)
                 record |= held_out
             if checkpoints.keeps(state.epoch) and process.is_main:
                 imgs = pictured_images(val_loader.dataset).to(process.device)

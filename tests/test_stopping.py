@@ -27,7 +27,7 @@ def test_a_first_signal_is_acknowledged_and_its_echoes_are_not_a_second(number, 
     assert signal.getsignal(number) == before
     (line,) = capfd.readouterr().err.splitlines()
     assert line.startswith(f"{signal.Signals(number).name}: saving and stopping")
-    assert "a second signal ends the run now" in line
+    assert "a second signal ends the run at once" in line
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

@@ -74,6 +74,22 @@ def test_flags_that_may_change(pretrain_flags, pretrain, capsys, changed):
     assert "resuming" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("command", ["finetune", "linprobe"])
+def test_an_encoder_may_be_moved_but_not_replaced(
+    classify_flags, encoder, tmp_path, request, capsys, user_error, command
+):
+    main, flags = request.getfixturevalue(command), classify_flags | {"epochs": 1}
+    main(flags)
+    moved, changed = tmp_path / "moved.pth", tmp_path / "changed.pth"
+    moved.write_bytes(encoder.read_bytes())
+    main(flags | {"finetune": moved})
+    assert "resuming" in capsys.readouterr().out
+    contents = load_checkpoint(encoder)
+    contents["model"]["cls_token"] += 1
+    save_checkpoint(changed, contents)
+    assert "encoder (" in user_error(lambda: main(flags | {"finetune": changed}))
+
+
 def as_version_1(path, **changed):
     """Rewrite a checkpoint as version 0.1 wrote it: without the type, with the flag for it."""
     contents = load_checkpoint(path)

@@ -85,21 +85,11 @@ class RunLog:
             tqdm.write(text)
             sys.stdout.flush()
 
-    def scalars(self, epoch: float, **values: float) -> None:
-        """TensorBoard scalars at 1000 x epoch, so that runs of any batch size compare."""
-        self._add_scalars(values, int(1000 * epoch))
-
-    def performance(self, epochs: int, figures: dict[str, float]) -> None:
-        """A classifier's figures after so many epochs, as TensorBoard scalars by epoch.
-
-        To be called after the epoch is saved: an epoch that runs again would log them twice.
-        """
-        self._add_scalars({f"perf/{name}": value for name, value in figures.items()}, epochs)
-
-    def _add_scalars(self, values: dict[str, float], x: int) -> None:
+    def scalars(self, x: float, values: dict[str, float]) -> None:
+        """TensorBoard scalars by tag; x is 1000 x epoch, so that runs of any batch size compare."""
         if self.process.is_main:
             for tag, value in values.items():
-                self._tensorboard.add_scalar(tag, value, x)
+                self._tensorboard.add_scalar(tag, value, int(x))
 
     def picture(self, epoch: float, tag: str, picture: Image.Image) -> None:
         """A picture in TensorBoard."""
@@ -232,7 +222,7 @@ class Meter:
 
     def _show(self, log: RunLog, loss: float, images_per_s: float, waited_share: float) -> None:
         progress = self.epoch + (self._step + 1) / self.steps
-        log.scalars(progress, **{log.loss_tag: loss, "lr": self.totals["lr"]})
+        log.scalars(1000 * progress, {log.loss_tag: loss, "lr": self.totals["lr"]})
         status = (
             f"loss {loss:.4f}  lr {self.totals['lr']:.2e}  {images_per_s:.1f} images/s  "
             f"data wait {waited_share:.0%}  peak memory {peak_memory_gib():.2f} GiB"

@@ -32,18 +32,13 @@ class StopSignals:
         for number, handler in self._handlers.items():
             signal.signal(number, handler)
 
-    @staticmethod
-    def name(number: int) -> str:
-        """A signal's name, such as SIGTERM."""
-        return signal.Signals(number).name
-
     def _receive(self, number: int, _frame: FrameType | None) -> None:
-        now = time.monotonic()
+        now, name = time.monotonic(), signal.Signals(number).name
         if not self.received:
             self.received, self._since = number, now
-            self._say(f"{self.name(number)}: saving and stopping; a second signal ends the run now")
+            self._say(f"{name}: saving and stopping; a second signal ends the run at once")
         elif now - self._since > SAME_REQUEST_SECONDS:
-            self._say(f"{self.name(number)}: ended by a second signal, without a save")
+            self._say(f"{name}: ended by a second signal, without a save")
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
 

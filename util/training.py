@@ -4,6 +4,7 @@ import contextlib
 import errno
 import fcntl
 import os
+import signal
 import socket
 import time
 from collections.abc import Iterator
@@ -21,8 +22,6 @@ import util
 from util import distributed
 from util.checkpoint import BEST, LAST, find_checkpoint, save_checkpoint
 from util.errors import UserError, warn
-from util.image_files import ImagePaths
-from util.precision import dtype_name
 from util.stopping import StopSignals
 
 if TYPE_CHECKING:
@@ -55,33 +54,6 @@ class TrainingState:
     def begin_next_epoch(self) -> None:
         """Move on to the first step of the next epoch."""
         self.epoch, self.step, self.totals = self.epoch + 1, 0, {}
-
-
-def defining_settings(
-    flags: dict[str, Any],
-    *,
-    images: ImagePaths,
-    process: distributed.Process,
-    amp_dtype: torch.dtype | None,
-    **further: Any,
-) -> dict[str, Any]:
-    """What defines a training, by name: a checkpoint resumes only under equal settings.
-
-    Args:
-        flags: the flags that a resumed training may not change, see `flags.fixed`.
-        images: those of the training.
-        process: this process, for their number.
-        amp_dtype: a `resolve_amp` type.
-        further: more settings.
-    """
-    return {
-        **flags,
-        "processes": process.world_size,
-        "images": len(images),
-        "image_names": images.fingerprint,
-        "dtype": dtype_name(amp_dtype),
-        **further,
-    }
 
 
 @contextlib.contextmanager
@@ -123,7 +95,7 @@ class Checkpoints:
         output_dir: the folder of the checkpoints.
         process: this `distributed.Process`.
         signals: the run's `StopSignals`, which ask for a save and a stop.
-        settings: as of `defining_settings`.
+        settings: what defines the training; a checkpoint resumes only under equal settings.
         contents: further entries of every checkpoint, such as "command" and "args".
         epochs: the training's length.
         save_every: epochs between the numbered checkpoints.
@@ -324,7 +296,7 @@ class Checkpoints:
             outcome = "this state could not be saved"
         if self.process.is_main:
             print(
-                f"{self.signals.name(received)}: stopped after step {state.step} of epoch "
+                f"{signal.Signals(received).name}: stopped after step {state.step} of epoch "
                 f"{state.epoch}; {outcome}",
                 flush=True,
             )
