@@ -145,7 +145,7 @@ def add_optimization_flags(parser: argparse.ArgumentParser) -> argparse._Argumen
     group.add_argument(
         "--weight_decay",
         type=number(),
-        help="of matrices; biases, other 1-D tensors, class token and positions have none",
+        help="weight decay of matrices; biases, 1-D tensors, class token and positions have none",
     )
     group.add_argument(
         "--clip_grad", type=number(above=True), help="clip the gradients to this norm"

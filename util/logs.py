@@ -33,7 +33,8 @@ class RunLog:
         process: this `distributed.Process`.
         epochs: length of the whole run.
         loss_tag: TensorBoard's name for the training loss.
-        start: epoch, with its fraction, to resume from; entries logged beyond it are removed.
+        epoch, share: the epoch to resume, and the share of it that is done; entries logged beyond
+            this point are removed.
     """
 
     def __init__(
@@ -44,7 +45,8 @@ class RunLog:
         *,
         epochs: int,
         loss_tag: str,
-        start: float,
+        epoch: int,
+        share: float,
     ) -> None:
         self.process = process
         self.epochs = epochs
@@ -52,9 +54,10 @@ class RunLog:
         self.show_bar = process.is_main and sys.stdout.isatty() and sys.stderr.isatty()
         if process.is_main:
             self._log_file = Path(output_dir) / "log.txt"
-            self._remove_lines_from(int(start))
+            self._remove_lines_from(epoch)
             # TensorBoard drops what an earlier writer logged at this x and beyond it.
-            purge_step = int(1000 * start) + 1 if start else 0
+            start = int(1000 * (epoch + share))
+            purge_step = start + 1 if start else 0
             self._tensorboard = SummaryWriter(log_dir, purge_step=purge_step)
 
     def __enter__(self) -> "RunLog":
@@ -207,7 +210,7 @@ class Meter:
                 if not math.isfinite(loss):
                     raise UserError(
                         f"the loss is {loss} at epoch {self.epoch}, step {first_step + offset}, "
-                        f"rank {rank}: continue from the last checkpoint with a lower learning "
+                        f"rank {rank}: start anew in another --output_dir with a lower learning "
                         "rate, a longer warm-up, --clip_grad 1 or --amp off"
                     )
 
