@@ -13,7 +13,7 @@ demo: $(READY)  ## pre-train a small model on the bundled images, on the CPU, an
 test: $(READY) lint  ## lint, then run the tests
 	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n 2 --dist worksteal
 
-lint: $(READY)  ## check style and formatting
+lint: $(READY)  ## check style, formatting and types
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
 	.venv/bin/mypy
