@@ -162,11 +162,12 @@ class Checkpoints:
                 f"the processes find different checkpoints in {self.output_dir}: it must be on a "
                 "file system that all of them share"
             )
+        if found is not None:
+            self._check_same_training(*found)
         self._set_newer_files_aside(resume)
         if found is None:
             return
         contents, path = found
-        self._check_same_training(contents, path)
         for name in ("model", "optimizer", "scaler"):
             if contents[name]:  # a disabled scaler's is empty
                 getattr(state, name).load_state_dict(contents[name])
