@@ -13,13 +13,13 @@ demo: $(READY)  ## pre-train a small model on the bundled images, on the CPU, an
 test: $(READY) lint  ## lint, then run the tests
 	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n 2 --dist worksteal
 
-lint: $(READY)  ## check style and formatting
+lint: $(READY)  ## check style, formatting and types
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
 	.venv/bin/mypy
 
 SMALL := --batch_size 128 --pairs 7 --turn 2 --sides ours:auto \
-	ours:auto:compile ours:off plain:off transformers:off transformers:bf16 lightly:off
+	ours:auto:compile ours:off plain:off transformers:off transformers:bf16
 
 # One after the other: two at once would slow each other.
 bench: $(READY)  ## measure speed, and write benchmarks/RESULTS.md

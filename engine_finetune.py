@@ -43,17 +43,9 @@ def train_one_epoch(
     Args:
         model: a classifier [N, 3, H, W] -> logits [N, K], or its data-parallel wrapper.
         criterion: loss of logits and labels [N], or of logits and shares [N, K] under mixup.
-        loader: gives batches of training images.
-        optimizer, scaler: an optimizer and a gradient scaler, which may be disabled.
-        state: the epoch and the step to start from; kept up to date.
-        meter: averages the losses and shows them.
-        checkpoints: save the state when it is time, or when a signal asks to stop.
-        schedule: lr, min_lr, warmup_epochs and epochs of the learning rate.
-        accum_iter: steps per optimizer update; the last update of an epoch may have fewer.
-        amp_dtype: type to compute in under autocast, or None for float32.
+        loader, optimizer, scaler, state, meter, checkpoints, schedule, accum_iter, amp_dtype, rank,
+            clip_grad: as of `engine_pretrain.train_one_epoch`.
         seed: seed of erasing, mixup and drop path: functions of (seed, epoch, step, rank).
-        rank: number of this process.
-        clip_grad: largest norm of the gradients, or None.
         random_erasing: timm's RandomErasing of a batch of images, or None.
         mixup: timm's Mixup of a batch of images and labels, or None.
 

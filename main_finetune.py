@@ -44,7 +44,7 @@ from util.seeding import derive_seed
 def get_args_parser():
     parser = cli.ArgumentParser(description=__doc__)
     model = flags.add_classifier_flags(parser)
-    model.add_argument(
+    flags.MayChange(model).add_argument(
         "--finetune", metavar="CKPT", help="start from this encoder; if not given, from scratch"
     )
     model.add_argument(
@@ -76,24 +76,34 @@ def get_args_parser():
 
 
 def main(args):
+    run(args, finetune, evaluate_checkpoint)
+
+
+def run(args, train, evaluate_checkpoint):
+    """Train or evaluate with (args, process, amp_dtype)."""
     with distributed.process_group(args.device) as process:
+        if process.device.type == "cpu":
+            speed.keep_freed_memory()
+        amp_dtype = precision.resolve_amp(args.amp, process.device)
         cli.make_output_dirs(args.output_dir, args.log_dir, process)
         if args.eval:
-            evaluate_checkpoint(args, process)
+            evaluate_checkpoint(args, process, amp_dtype)
         else:
             with training.lock(args.output_dir, process):
-                finetune(args, process)
+                train(args, process, amp_dtype)
 
 
-def finetune(args, process):
+def finetune(args, process, amp_dtype):
     # ---- setup
     mixes = args.mixup > 0 or args.cutmix > 0 or args.cutmix_minmax is not None
     if mixes and args.batch_size % 2:
         raise UserError(f"mixup and cutmix pair images: batch_size {args.batch_size} is not even")
     if args.cutmix_minmax:
         data.check_cutmix_sides(args.input_size, args.cutmix_minmax)
+
+    # ---- data
     transform = data.finetune_transform(args.input_size, args.color_jitter, args.aa)
-    amp_dtype = precision.resolve_amp(args.amp, process.device)
+    loaders = make_loaders(args, process, transform)
 
     # ---- model
     model = build_model(args)
@@ -139,6 +149,8 @@ def finetune(args, process):
     train_classifier(
         args,
         process,
+        amp_dtype,
+        loaders,
         model,
         optimizer,
         criterion,
@@ -146,16 +158,26 @@ def finetune(args, process):
         parser=get_args_parser(),
         encoder=encoder,
         trained=model,
-        transform=transform,
         title=f"{args.model}, {parameters / 1e6:.1f} M parameters, {origin}",
         random_erasing=random_erasing,
         mixup=mixup,
     )
 
 
+def make_loaders(args, process, transform):
+    """The loaders of training and of held-out images, whose classes agree."""
+    train_paths, val_paths = image_files.find_labelled_images(args.data_path, args.nb_classes)
+    train_loader = loading.train_loader(
+        train_paths, transform, process, accum_iter=args.accum_iter, **batching(args)
+    )
+    return train_loader, loading.eval_loader(val_paths, args.input_size, process, **batching(args))
+
+
 def train_classifier(
     args,
     process,
+    amp_dtype,
+    loaders,
     model,
     optimizer,
     criterion,
@@ -164,40 +186,21 @@ def train_classifier(
     parser,
     encoder,
     trained,
-    transform,
     title,
     random_erasing=None,
     mixup=None,
 ):
-    """Train a classifier to its end: the part that fine-tuning and the linear probe share.
+    """Train a classifier to its end, as fine-tuning and the linear probe do.
 
     Args:
-        args, process: the command's flags and this `distributed.Process`.
-        model: the classifier on its device.
-        optimizer, criterion: as of `train_one_epoch`.
-        command, parser: the command's name and the parser of its flags.
+        loaders: as `make_loaders` makes them.
         encoder: fingerprint of the pre-trained encoder, or None.
-        trained: the module that is trained and saved: the model or its head.
-        transform: the transform of training images.
+        trained: the module to train and save: the model or its head.
         title: the start of the run's first line.
-        random_erasing, mixup: as of `train_one_epoch`.
     """
-    amp_dtype = precision.resolve_amp(args.amp, process.device)
-    if process.device.type == "cpu":
-        speed.keep_freed_memory()
-
-    # ---- data
-    train_paths, val_paths = image_files.find_labelled_images(args.data_path, args.nb_classes)
-    batching = dict(
-        batch_size=args.batch_size,
-        seed=args.seed,
-        num_workers=args.num_workers,
-        pin_mem=args.pin_mem,
-    )
-    train_loader = loading.train_loader(
-        train_paths, transform, process, accum_iter=args.accum_iter, **batching
-    )
-    val_loader = loading.eval_loader(val_paths, args.input_size, process, **batching)
+    train_loader, val_loader = loaders
+    train_paths = train_loader.dataset.paths
+    dtype = precision.dtype_name(amp_dtype)
 
     # ---- schedule, resume
     effective_batch = args.batch_size * args.accum_iter * process.world_size
@@ -216,13 +219,14 @@ def train_classifier(
         args.output_dir,
         process,
         signals=signals,
-        settings=training.defining_settings(
-            flags.fixed(parser, vars(args)),
-            images=train_paths,
-            process=process,
-            amp_dtype=amp_dtype,
-            encoder=encoder,
-        ),
+        settings=flags.fixed(parser, vars(args))
+        | {
+            "processes": process.world_size,
+            "images": len(train_paths),
+            "image_names": train_paths.fingerprint,
+            "dtype": dtype,
+            "encoder": encoder,
+        },
         contents={"command": command, "args": vars(args), "classes": train_paths.classes},
         epochs=args.epochs,
         save_every=args.save_every,
@@ -235,9 +239,9 @@ def train_classifier(
         process,
         epochs=args.epochs,
         loss_tag="loss",
-        start=state.epoch + state.step / len(train_loader),
+        epoch=state.epoch,
+        share=state.step / len(train_loader),
     )
-    dtype = precision.dtype_name(amp_dtype)
     size = logs.describe_training(process, effective_batch, schedule["lr"], dtype)
     log.line(f"{title}, on {len(train_paths)} images of {len(train_paths.classes)} classes; {size}")
 
@@ -270,13 +274,15 @@ def train_classifier(
             log.line(logs.accuracy_line(figures))
             log.epoch(record | figures | {"n_parameters": parameters})
             checkpoints.save_epoch(state, score=figures["test_acc1"])
-            log.performance(state.epoch + 1, figures)
+            # By epoch, and after the save: an epoch that runs again would be drawn twice.
+            log.scalars(state.epoch + 1, {f"perf/{name}": v for name, v in figures.items()})
+            checkpoints.stop_if_asked(state)
             state.begin_next_epoch()
     checkpoints.finish()
     log.line(f"done: {args.epochs} epochs, see {args.output_dir}")
 
 
-def evaluate_checkpoint(args, process):
+def evaluate_checkpoint(args, process, amp_dtype):
     if args.resume not in ("auto", "none") and args.finetune:
         raise UserError("--eval needs one classifier: give it by --resume or by --finetune")
     path = args.finetune if args.resume in ("auto", "none") else args.resume
@@ -288,7 +294,7 @@ def evaluate_checkpoint(args, process):
     pretrained.load_classifier(
         model, contents["model"], path, pretrained.saved_input_size(contents)
     )
-    evaluate_classifier(args, process, model, val_paths, path)
+    evaluate_classifier(args, process, amp_dtype, model, val_paths, path)
 
 
 def find_val_images(args, contents, path):
@@ -309,23 +315,24 @@ def find_val_images(args, contents, path):
     return val_paths
 
 
-def evaluate_classifier(args, process, model, val_paths, path):
+def evaluate_classifier(args, process, amp_dtype, model, val_paths, path):
     """Evaluate a classifier, the checkpoint at `path`; print and write its accuracy."""
-    val_loader = loading.eval_loader(
-        val_paths,
-        args.input_size,
-        process,
-        batch_size=args.batch_size,
-        seed=args.seed,
-        num_workers=args.num_workers,
-        pin_mem=args.pin_mem,
-    )
-    amp_dtype = precision.resolve_amp(args.amp, process.device)
+    val_loader = loading.eval_loader(val_paths, args.input_size, process, **batching(args))
     speed.prepare(model, process.device, amp_dtype)
     figures = evaluate(model.to(process.device), val_loader, amp_dtype=amp_dtype)
     logs.report_evaluation(
         args.output_dir, process, figures, checkpoint=path, images=len(val_paths)
     )
+
+
+def batching(args):
+    """The keywords that loaders share."""
+    return {
+        "batch_size": args.batch_size,
+        "seed": args.seed,
+        "num_workers": args.num_workers,
+        "pin_mem": args.pin_mem,
+    }
 
 
 def build_model(args):

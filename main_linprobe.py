@@ -17,8 +17,14 @@ import torch
 from torch import nn
 
 import models_vit
-from main_finetune import evaluate_classifier, find_val_images, train_classifier
-from util import checkpoint, cli, data, distributed, flags, precision, pretrained, speed, training
+from main_finetune import (
+    evaluate_classifier,
+    find_val_images,
+    make_loaders,
+    run,
+    train_classifier,
+)
+from util import checkpoint, cli, data, flags, pretrained, speed
 from util.errors import UserError
 from util.lars import LARS
 from util.seeding import derive_seed
@@ -27,7 +33,9 @@ from util.seeding import derive_seed
 def get_args_parser():
     parser = cli.ArgumentParser(description=__doc__)
     model = flags.add_classifier_flags(parser)
-    model.add_argument("--finetune", metavar="CKPT", required=True, help="the encoder to probe")
+    flags.MayChange(model).add_argument(
+        "--finetune", metavar="CKPT", required=True, help="the encoder to probe"
+    )
     flags.add_data_flags(parser)
     flags.add_optimization_flags(parser)
     flags.add_runtime_flags(parser)
@@ -46,23 +54,17 @@ def get_args_parser():
 
 
 def main(args):
-    with distributed.process_group(args.device) as process:
-        cli.make_output_dirs(args.output_dir, args.log_dir, process)
-        if args.eval:
-            evaluate_checkpoint(args, process)
-        else:
-            with training.lock(args.output_dir, process):
-                probe(args, process)
+    run(args, probe, evaluate_checkpoint)
 
 
-def probe(args, process):
+def probe(args, process, amp_dtype):
     if args.batch_size < 2:
         raise UserError("batch_size 1 has no statistics for BatchNorm: take at least 2")
+    loaders = make_loaders(args, process, data.probe_transform(args.input_size))
 
     # ---- model
     model, head, encoder = build_model(args)
     model.to(process.device)
-    amp_dtype = precision.resolve_amp(args.amp, process.device)
     speed.prepare(model, process.device, amp_dtype, compile=args.compile)
 
     # ---- train
@@ -70,6 +72,8 @@ def probe(args, process):
     train_classifier(
         args,
         process,
+        amp_dtype,
+        loaders,
         model,
         LARS(head.parameters(), lr=0.0, weight_decay=args.weight_decay),
         nn.CrossEntropyLoss(),
@@ -77,12 +81,11 @@ def probe(args, process):
         parser=get_args_parser(),
         encoder=encoder,
         trained=head,
-        transform=data.probe_transform(args.input_size),
         title=f"head of {parameters} parameters on the frozen {args.model} of {args.finetune}",
     )
 
 
-def evaluate_checkpoint(args, process):
+def evaluate_checkpoint(args, process, amp_dtype):
     if args.resume in ("auto", "none"):
         raise UserError("--eval needs a probe's checkpoint: give it by --resume")
     contents = checkpoint.load_checkpoint(args.resume)
@@ -93,7 +96,7 @@ def evaluate_checkpoint(args, process):
     if encoder != contents["training"]["encoder"]:
         raise UserError(f"{args.resume} is a probe of a different encoder than {args.finetune}")
     head.load_state_dict(contents["model"])
-    evaluate_classifier(args, process, model, val_paths, args.resume)
+    evaluate_classifier(args, process, amp_dtype, model, val_paths, args.resume)
 
 
 def build_model(args):

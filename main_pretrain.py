@@ -66,16 +66,17 @@ def get_args_parser():
 
 def main(args):
     with distributed.process_group(args.device) as process:
+        if process.device.type == "cpu":
+            speed.keep_freed_memory()
+        amp_dtype = precision.resolve_amp(args.amp, process.device)
         cli.make_output_dirs(args.output_dir, args.log_dir, process)
         with training.lock(args.output_dir, process):
-            pretrain(args, process)
+            pretrain(args, process, amp_dtype)
 
 
-def pretrain(args, process):
+def pretrain(args, process, amp_dtype):
     # ---- setup
-    if process.device.type == "cpu":
-        speed.keep_freed_memory()
-    amp_dtype = precision.resolve_amp(args.amp, process.device)
+    dtype = precision.dtype_name(amp_dtype)
     effective_batch = args.batch_size * args.accum_iter * process.world_size
     schedule = make_schedule(
         effective_batch,
@@ -132,12 +133,13 @@ def pretrain(args, process):
         args.output_dir,
         process,
         signals=signals,
-        settings=training.defining_settings(
-            flags.fixed(get_args_parser(), vars(args)),
-            images=train_paths,
-            process=process,
-            amp_dtype=amp_dtype,
-        ),
+        settings=flags.fixed(get_args_parser(), vars(args))
+        | {
+            "processes": process.world_size,
+            "images": len(train_paths),
+            "image_names": train_paths.fingerprint,
+            "dtype": dtype,
+        },
         contents={"command": "main_pretrain.py", "args": vars(args)},
         epochs=args.epochs,
         save_every=args.save_every,
@@ -150,10 +152,10 @@ def pretrain(args, process):
         process,
         epochs=args.epochs,
         loss_tag="train_loss",
-        start=state.epoch + state.step / len(train_loader),
+        epoch=state.epoch,
+        share=state.step / len(train_loader),
     )
     parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    dtype = precision.dtype_name(amp_dtype)
     size = logs.describe_training(process, effective_batch, schedule["lr"], dtype)
     log.line(
         f"{args.model}, {parameters / 1e6:.1f} M parameters, on {len(train_paths)} images; {size}"
@@ -179,8 +181,9 @@ def pretrain(args, process):
                 seed=args.seed,
                 rank=process.rank,
             )
-            checkpoints.save_last(state)  # the evaluation may fail
+            held_out = {}
             if val_paths:
+                checkpoints.save_last(state)  # the evaluation may fail
                 held_out = evaluate(
                     model,
                     val_loader,
@@ -188,16 +191,17 @@ def pretrain(args, process):
                     amp_dtype=amp_dtype,
                     seed=args.seed,
                 )
-                log.scalars(state.epoch + 1, **held_out)
-                record |= held_out
+            log.epoch(record | held_out)
+            checkpoints.save_epoch(state)
+            # After the save: an epoch that runs again would be drawn twice.
+            log.scalars(1000 * (state.epoch + 1), held_out)
             if checkpoints.keeps(state.epoch) and process.is_main:
                 imgs = pictured_images(val_loader.dataset).to(process.device)
                 columns = visualize.reconstruct(
                     model, imgs, args.mask_ratio, seed=args.seed, amp_dtype=amp_dtype
                 )
                 log.picture(state.epoch + 1, "reconstruction", visualize.draw_grid(columns))
-            log.epoch(record)
-            checkpoints.save_epoch(state)
+            checkpoints.stop_if_asked(state)
             state.begin_next_epoch()
     checkpoints.finish()
     log.line(f"done: {args.epochs} epochs, see {args.output_dir}")

@@ -40,11 +40,11 @@ def get_args_parser():
         "--mask_ratio", type=cli.number(), help="if not given, the one of the pre-training"
     )
     parser.add_argument(
-        "--seed", type=cli.integer(0), default=0, help="of the masks and the choice"
+        "--seed", type=cli.integer(0), default=0, help="random seed of the masks and the choice"
     )
     flags.add_device_flag(parser)
     unsaid = parser.add_argument_group(
-        "For checkpoints that hold only weights", "ours say all of this themselves"
+        "For checkpoints that hold only weights", "our checkpoints store all of this"
     )
     unsaid.add_argument("--model", metavar="NAME", help="name of the model")
     flags.add_input_size_flag(unsaid, default=None)

@@ -16,7 +16,7 @@ from util import cli
 from util.errors import UserError
 
 RESULTS = Path(__file__).parent / "results"
-PACKAGES = ("torch", "torchvision", "timm", "transformers", "lightly", "pillow", "numpy")
+PACKAGES = ("torch", "torchvision", "timm", "transformers", "pillow", "numpy")
 
 
 def commit():

@@ -20,7 +20,6 @@ import models_vit
 from util import optim, speed
 from util.data import normalize
 from util.distributed import Process
-from util.errors import UserError
 from util.loading import Batch
 from util.logs import Meter
 from util.precision import autocast, grad_scaler, resolve_amp
@@ -205,48 +204,6 @@ def transformers(setting):
     return plain_loop(setting, loss_of, optimizer, fetch_loss=False)
 
 
-def lightly(setting):
-    """lightly's masked autoencoder as in its documentation; it only pre-trains."""
-    if setting.task != "pretrain":
-        raise UserError("lightly's masked autoencoder only pre-trains")
-    from lightly.models import utils
-    from lightly.models.modules import MAEDecoderTIMM, MaskedVisionTransformerTIMM
-
-    ours = setting.build_model()
-    vit = models_vit.build_model(
-        setting.model.removeprefix("mae_"), img_size=setting.input_size, num_classes=0
-    )
-    patch = vit.patch_embed.patch_size[0]
-    tokens = 1 + vit.patch_embed.num_patches
-    backbone = MaskedVisionTransformerTIMM(vit=vit)
-    decoder = MAEDecoderTIMM(
-        num_patches=tokens - 1,
-        patch_size=patch,
-        embed_dim=vit.embed_dim,
-        decoder_embed_dim=ours.mask_token.shape[-1],
-        decoder_depth=len(ours.decoder_blocks),
-        decoder_num_heads=ours.decoder_blocks[0].attn.num_heads,
-    )
-    model = nn.ModuleList([backbone, decoder]).to(setting.device)
-    if setting.compile:
-        backbone.compile()
-        decoder.compile()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, weight_decay=0.05)
-
-    def loss_of(images, _labels):
-        size = (len(images), tokens)
-        kept, removed = utils.random_token_mask(size, MASK_RATIO, device=images.device)
-        encoded = decoder.embed(backbone.encode(images=images, idx_keep=kept))
-        masked = utils.repeat_token(decoder.mask_token, size)
-        masked = utils.set_at_index(masked, kept, encoded.type_as(masked))
-        decoded = utils.get_at_index(decoder.decode(masked), removed)
-        patches = utils.get_at_index(utils.patchify(images, patch), removed - 1)
-        target = utils.normalize_mean_var(patches)
-        return nn.functional.mse_loss(decoder.predict(decoded), target)
-
-    return plain_loop(setting, loss_of, optimizer, fetch_loss=False)
-
-
 def plain_loop(setting, loss_of, optimizer, fetch_loss=True):
     """The steps of a tutorial: float images to the device, loss, backward, update."""
     images, labels = setting.images()
@@ -267,4 +224,4 @@ def plain_loop(setting, loss_of, optimizer, fetch_loss=True):
     return train
 
 
-SIDES = {side.__name__: side for side in (ours, plain, transformers, lightly)}
+SIDES = {side.__name__: side for side in (ours, plain, transformers)}

@@ -21,6 +21,9 @@ model eagerly, with an explicit softmax, unfused AdamW, float images and a host 
 *transformers* has SDPA and fused AdamW. *Time lost*, compared with bare steps on synthetic images,
 includes a checkpoint every 5 minutes. No GPU results yet.
 
+The tables at commit 55aa76d, on Zen 5, were measured with code that is gone: float32 linear layers
+were convolutions there, and the model had a shorter path for training, worth about 1%.
+
 Below each table are its command, commit (`+` marks uncommitted changes), hardware and versions.
 `python -m benchmarks.table` writes this page; [README.md](README.md) says how to measure again.
 

@@ -53,12 +53,8 @@ def test_work_of_an_image_is_the_reference_s(model, gflop):
 @pytest.mark.parametrize(
     "task, model", [("pretrain", "mae_vit_nano_patch4"), ("finetune", "vit_nano_patch4")]
 )
-@pytest.mark.parametrize("side", ["ours", "plain", "transformers", "lightly"])
+@pytest.mark.parametrize("side", ["ours", "plain", "transformers"])
 def test_sides_train(side, task, model):
-    if side == "lightly":
-        pytest.importorskip("lightly")
-        if task == "finetune":
-            pytest.skip("lightly only pre-trains")
     train = sides.SIDES[side](Setting(task, model, 8, 2, CPU, "bf16", False))
     train(2)
 
@@ -138,7 +134,7 @@ def test_a_turn_has_as_many_steps_as_fill_its_seconds(seconds, steps):
     assert train_step.steps_in(seconds, seconds_per_step=0.125) == steps
 
 
-@pytest.mark.parametrize("side", ["ours:fp16", "lightly:off"])
+@pytest.mark.parametrize("side", ["ours:fp16", "transformers:fp16"])
 def test_nothing_is_written_where_no_side_can_be_timed(side, tmp_path, monkeypatch, user_error):
     monkeypatch.setattr(report, "RESULTS", tmp_path)
     args = train_step_args(f"--task finetune --model vit_nano_patch4 --sides {side}")

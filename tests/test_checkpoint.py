@@ -119,15 +119,16 @@ def progress(epoch, step, is_complete):
         ({"last": (4, 9, True), "best": (5, 9, True)}, "best"),
         ({"last": (4, 2, False), "3": (3, 9, True)}, "last"),
         ({"last": (4, 2, False), "9": (9, 9, True), "10": (10, 9, True)}, "10"),
-        ({"last": (4, 9, False), "4": (4, 9, True)}, "4"),
+        ({"last": (4, 9, False), "4": (4, 9, True), "best": (4, 9, True)}, "last"),
         ({"last": (4, 9, True), "4": (4, 9, True), "best": (4, 9, True)}, "last"),
         ({"best": (0, 9, True)}, "best"),
     ],
 )
 def test_the_newest_is_the_one_that_has_come_furthest(tmp_path, files, newest):
-    """By epoch, step and whether the epoch is logged, whatever the file's name."""
+    """By epoch and step; of equal ones it is the last, whose epoch lacks no file when it ends."""
     for name, place in files.items():
         save_checkpoint(tmp_path / f"checkpoint-{name}.pth", progress(*place))
+    save_checkpoint(tmp_path / "checkpoint-encoder.pth", progress(99, 0, True))  # a user's
     _, path = find_checkpoint("auto", tmp_path)
     assert path.name == f"checkpoint-{newest}.pth"
 

@@ -251,6 +251,8 @@ def test_an_epoch_that_runs_again_is_drawn_once(classify_flags, finetune, monkey
     scalars, _ = events(classify_flags["output_dir"])
     assert list(scalars["perf/test_acc1"]) == [1, 2, 3]
     assert list(scalars["loss"]) == [1000, 2000, 3000]
+    log = (classify_flags["output_dir"] / "log.txt").read_text().splitlines()
+    assert [json.loads(line)["epoch"] for line in log] == [0, 1, 2]
 
 
 # ---- evaluation

@@ -22,7 +22,7 @@ from PIL import Image
 
 import models_mae
 from engine_pretrain import evaluate
-from util import data, image_files, loading
+from util import data, image_files, loading, training
 from util.checkpoint import load_checkpoint
 from util.distributed import Process
 from util.lr_sched import warmup_cosine_lr
@@ -287,7 +287,7 @@ def test_resume_none_starts_anew_and_a_path_is_taken(pretrain_flags, pretrain, c
     pretrain(pretrain_flags | {"resume": "none"})
     captured = capsys.readouterr()
     assert "resuming" not in captured.out
-    assert "will overwrite" in captured.err
+    assert f"{out_dir}/checkpoint-1.pth is now called checkpoint-1.pth.old" in captured.err
     assert_same_bits(final_state(out_dir), expected)
 
     elsewhere = out_dir.parent / "elsewhere"
@@ -296,6 +296,32 @@ def test_resume_none_starts_anew_and_a_path_is_taken(pretrain_flags, pretrain, c
     model, optimizer, losses = final_state(elsewhere)
     assert_same_bits((model, optimizer, expected[2]), expected)
     assert losses == expected[2][1:]
+
+
+@pytest.mark.parametrize("resume", ["none", "checkpoint-0.pth"])
+def test_after_a_start_from_an_earlier_point_auto_continues_that_run(
+    pretrain_flags, pretrain, monkeypatch, capsys, resume
+):
+    """And not the one before, which had come further."""
+    out_dir, flags = pretrain_flags["output_dir"], pretrain_flags | {"save_every": 1, "epochs": 3}
+    pretrain(flags)
+    expected = final_state(out_dir)
+    resume = resume if resume == "none" else out_dir / resume
+    save_epoch = training.Checkpoints.save_epoch
+
+    def dying(self, state, score=None):
+        save_epoch(self, state, score)
+        raise RuntimeError("power cut")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(training.Checkpoints, "save_epoch", dying)
+        with pytest.raises(RuntimeError, match="power cut"):
+            pretrain(flags | {"resume": resume})
+    capsys.readouterr()
+    pretrain(flags)
+    epoch = 0 if resume == "none" else 1
+    assert f"checkpoint-last.pth after step 9 of epoch {epoch}" in capsys.readouterr().out
+    assert_same_bits(final_state(out_dir), expected)
 
 
 def test_unreadable_images_are_skipped_named_and_counted(tmp_path, pretrain_flags, pretrain, capfd):

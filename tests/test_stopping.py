@@ -6,7 +6,7 @@ import subprocess
 import sys
 
 import pytest
-from helpers import ROOT, assert_same_bits, final_state, start_fresh
+from helpers import ROOT, assert_same_bits, events, final_state, start_fresh
 
 from util.checkpoint import load_checkpoint
 from util.stopping import SIGNALS, StopSignals
@@ -26,8 +26,8 @@ def test_a_first_signal_is_acknowledged_and_its_echoes_are_not_a_second(number, 
         assert signals.received == number
     assert signal.getsignal(number) == before
     (line,) = capfd.readouterr().err.splitlines()
-    assert line.startswith(f"{signal.Signals(number).name}: saving and stopping")
-    assert "a second signal ends the run now" in line
+    assert line.startswith(f"{signal.Signals(number).name}: saving, then stopping")
+    assert "a second signal (after 2 s) ends the run" in line
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -45,35 +45,40 @@ with stopping.StopSignals():
     process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, **pipes)
     assert process.stdout.readline() == "ready\n"
     process.send_signal(signal.SIGINT)
-    assert process.stderr.readline().startswith("SIGINT: saving and stopping")
+    assert process.stderr.readline().startswith("SIGINT: saving, then stopping")
     process.send_signal(number)
     assert process.wait(10) == -number
     assert "ended by a second signal, without a save" in process.stderr.read()
 
 
-def test_a_signal_during_an_evaluation_stops_after_it(pretrain_flags, pretrain, monkeypatch):
-    """The epoch is logged and complete; the run continues to the same end."""
-    import main_pretrain
-
-    evaluate, calls = main_pretrain.evaluate, []
+@pytest.mark.parametrize("command", ["pretrain", "finetune"])
+def test_a_signal_during_an_evaluation_stops_after_it(
+    pretrain_flags, classify_flags, request, monkeypatch, command
+):
+    """The epoch is complete, logged and drawn; the run continues to the same end."""
+    main, module = request.getfixturevalue(command), sys.modules[f"main_{command}"]
+    evaluate, calls = module.evaluate, []
+    figure = "val_loss" if command == "pretrain" else "test_loss"
 
     def signalled(*args, **kwargs):
         calls.append(os.kill(os.getpid(), signal.SIGTERM) if not calls else None)
         return evaluate(*args, **kwargs)
 
     out_dir = pretrain_flags["output_dir"]
-    flags = pretrain_flags | {"epochs": 3}
-    monkeypatch.setattr(main_pretrain, "evaluate", signalled)
+    flags = (pretrain_flags if command == "pretrain" else classify_flags) | {"epochs": 3}
+    monkeypatch.setattr(module, "evaluate", signalled)
     with pytest.raises(SystemExit) as stopped:
-        pretrain(flags)
+        main(flags)
     assert stopped.value.code == 128 + signal.SIGTERM
     contents = load_checkpoint(out_dir / "checkpoint-last.pth")
     assert (contents["epoch"], contents["step"], contents["totals"]) == (0, 9, None)
     assert len((out_dir / "log.txt").read_text().splitlines()) == 1
-    pretrain(flags)
+    main(flags)
     undisturbed = out_dir / "undisturbed"
-    pretrain(flags | {"output_dir": undisturbed})
-    assert_same_bits(final_state(out_dir), final_state(undisturbed))
+    main(flags | {"output_dir": undisturbed})
+    assert_same_bits(final_state(out_dir, figure), final_state(undisturbed, figure))
+    curve = "val_loss" if command == "pretrain" else "perf/test_loss"
+    assert events(out_dir)[0][curve] == events(undisturbed)[0][curve]
 
 
 def test_no_process_leaves_before_the_save_is_whole(pretrain_flags):

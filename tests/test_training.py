@@ -7,7 +7,10 @@ import pytest
 import torch
 from helpers import CPU, ForkedScript, assert_same_bits, final_state, run
 
-from util import optim, precision, training
+import main_finetune
+import main_linprobe
+import main_pretrain
+from util import flags, optim, precision, training
 from util.checkpoint import load_checkpoint, save_checkpoint
 from util.distributed import Process
 from util.stopping import StopSignals
@@ -66,12 +69,48 @@ def test_what_is_computed_defines_a_training_and_not_the_flag_for_it(
     assert "dtype (float32 -> bfloat16)" in user_error(lambda: pretrain(flags))
 
 
-@pytest.mark.parametrize("changed", ["num_workers", "save_every", "log_every", "device", "compile"])
-def test_flags_that_may_change(pretrain_flags, pretrain, capsys, changed):
+FREE = (
+    "data_path num_workers pin_mem output_dir log_dir device resume compile amp save_every "
+    "save_minutes log_every"
+).split()
+FREE_FLAGS = {
+    main_pretrain: {*FREE, "grad_checkpointing"},
+    main_finetune: {*FREE, "grad_checkpointing", "finetune", "eval", "dist_eval"},
+    main_linprobe: {*FREE, "finetune", "eval", "dist_eval"},
+}
+
+
+@pytest.mark.parametrize("command", FREE_FLAGS, ids=lambda module: module.__name__)
+def test_only_these_flags_may_change(command):
+    parser = command.get_args_parser()
+    every = {action.dest for action in parser._actions} - {"help"}
+    fixed = flags.fixed(parser, dict.fromkeys(every))
+    assert every - fixed.keys() == FREE_FLAGS[command]
+
+
+@pytest.mark.parametrize(
+    ("changed", "value"), [("num_workers", 1), ("log_every", 1), ("compile", True)]
+)
+def test_flags_that_may_change(pretrain_flags, pretrain, capsys, changed, value):
     pretrain(pretrain_flags | {"epochs": 1})
-    value = {"device": "auto", "compile": True}.get(changed, 1)
     pretrain(pretrain_flags | {"epochs": 1, changed: value})
     assert "resuming" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("command", ["finetune", "linprobe"])
+def test_an_encoder_may_be_moved_but_not_replaced(
+    classify_flags, encoder, tmp_path, request, capsys, user_error, command
+):
+    main, flags = request.getfixturevalue(command), classify_flags | {"epochs": 1}
+    main(flags)
+    moved, changed = tmp_path / "moved.pth", tmp_path / "changed.pth"
+    moved.write_bytes(encoder.read_bytes())
+    main(flags | {"finetune": moved})
+    assert "resuming" in capsys.readouterr().out
+    contents = load_checkpoint(encoder)
+    contents["model"]["cls_token"] += 1
+    save_checkpoint(changed, contents)
+    assert "encoder (" in user_error(lambda: main(flags | {"finetune": changed}))
 
 
 def as_version_1(path, **changed):
@@ -83,14 +122,15 @@ def as_version_1(path, **changed):
     save_checkpoint(path, contents)
 
 
-def test_trainings_of_version_0_1_resume(pretrain_flags, pretrain, user_error, monkeypatch):
-    """In float32, where --amp auto on a CPU meant that; with --amp off on a CPU with bf16."""
+@pytest.mark.parametrize("amp", ["auto", "off"])
+def test_trainings_of_version_0_1_resume(pretrain_flags, pretrain, user_error, monkeypatch, amp):
+    """In float32, which --amp auto on a CPU meant, too; with --amp off on a CPU with bf16."""
     out_dir = pretrain_flags["output_dir"]
     flags = pretrain_flags | {"save_every": 1}
     pretrain(flags)
     expected = final_state(out_dir)
     path = out_dir / "checkpoint-0.pth"
-    as_version_1(path, amp="auto")
+    as_version_1(path, amp=amp)
     for name in ("checkpoint-1.pth", "checkpoint-last.pth"):
         (out_dir / name).unlink()
     monkeypatch.setattr("util.precision.cpu_computes_bf16", lambda: True)
@@ -99,6 +139,15 @@ def test_trainings_of_version_0_1_resume(pretrain_flags, pretrain, user_error, m
     assert "--amp chooses the dtype: off is float32" in message
     pretrain(flags)
     assert_same_bits(final_state(out_dir), expected)
+
+
+def test_fine_tunings_of_version_0_1_resume(classify_flags, finetune, capsys):
+    flags = classify_flags | {"epochs": 1}
+    finetune(flags)
+    for path in classify_flags["output_dir"].glob("*.pth"):
+        as_version_1(path, amp="off")
+    finetune(flags)
+    assert "resuming" in capsys.readouterr().out
 
 
 def test_a_format_of_the_future_is_refused(pretrain_flags, pretrain, user_error):
@@ -152,6 +201,17 @@ def test_a_refused_run_leaves_the_lock_to_the_first(tmp_path, user_error):
     holder.join()
     with training.lock(tmp_path, ALONE):
         pass
+
+
+def test_both_of_two_processes_are_refused(pretrain_flags):
+    flags = pretrain_flags | {"batch_size": 1, "epochs": 1000, "log_every": 1}
+    first = ForkedScript(SCRIPT, flags)
+    assert any("step 2/18" in line for line in first.stdout)
+    code, _, err = run(SCRIPT, flags, processes=2)
+    assert code == 2, err
+    assert err.count("another run (process") == 2
+    first.kill()
+    first.communicate()
 
 
 def test_where_locks_are_not_supported_a_warning_says_so(tmp_path, monkeypatch, capsys):

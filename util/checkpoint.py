@@ -5,6 +5,7 @@ import contextlib
 import errno
 import math
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -73,7 +74,7 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
     if not isinstance(model, dict):
         raise TornCheckpoint(f"{path} has no entry 'model': not a checkpoint of a model")
     if not all(isinstance(k, str) and isinstance(v, torch.Tensor) for k, v in model.items()):
-        raise TornCheckpoint(f"{path} has other things than tensors in its 'model'")
+        raise TornCheckpoint(f"{path} has values that are not tensors in its 'model'")
     if isinstance(contents.get("args"), argparse.Namespace):
         contents["args"] = vars(contents["args"])
     return contents
@@ -142,14 +143,12 @@ def find_checkpoint(
         UserError: the file of the given path can't be used; a file in output_dir can't be read
             just now, so that it might be the newest; all files in output_dir are torn.
     """
-    if resume not in ("auto", "none"):
-        return load_checkpoint(resume), resume
-    candidates = sorted(Path(output_dir).glob("checkpoint-*.pth"))
     if resume == "none":
-        if candidates:
-            warn(f"--resume none starts anew and will overwrite the checkpoints in {output_dir}")
         return None
-    for path in sorted(candidates, key=_progress, reverse=True):
+    if resume != "auto":
+        return load_checkpoint(resume), resume
+    candidates = checkpoints_in(output_dir)
+    for path in sorted(candidates, key=progress, reverse=True):
         try:
             return load_checkpoint(path), path
         except TornCheckpoint as error:
@@ -159,13 +158,25 @@ def find_checkpoint(
     return None
 
 
-def _progress(path: Path) -> tuple[float, ...]:
-    """How far the training in a file has come, to sort by; torn files come first, to be named."""
-    place: tuple[float, ...] = -1, 0, False  # not one of ours
+def checkpoints_in(output_dir: str | Path) -> list[Path]:
+    """The checkpoints of a training in output_dir; files with similar names are left out."""
+    names = re.compile(r"checkpoint-(last|best|\d+)\.pth")
+    return sorted(path for path in Path(output_dir).iterdir() if names.fullmatch(path.name))
+
+
+def progress(path: Path) -> tuple[float, float, bool]:
+    """How far the training in a file has come: epoch, step, and last of all whether it is `LAST`.
+
+    While an epoch ends, its `LAST` is the one from which nothing is missing. Torn files come first,
+    so that they are reported; other projects' files come last.
+    """
     try:
-        contents = _read(str(path), mmap=True)
-        if isinstance(contents, dict) and {"epoch", "step", "totals"} <= contents.keys():
-            place = contents["epoch"], contents["step"], contents["totals"] is None
+        try:
+            contents = _read(str(path), mmap=True)
+        except TornCheckpoint:  # with mmap a failing disk looks like that, too
+            contents = _read(str(path))
     except TornCheckpoint:
-        place = math.inf, 0, False
-    return *place, path.name == LAST
+        return math.inf, 0, False
+    if not isinstance(contents, dict) or not {"epoch", "step"} <= contents.keys():
+        return -1, 0, False
+    return contents["epoch"], contents["step"], path.name == LAST

@@ -152,7 +152,7 @@ class ResizeToCover(nn.Module):
 
 
 def normalize(images: Tensor) -> Tensor:
-    """uint8 images [N, 3, H, W] to floats, less ImageNet's mean and over its deviation."""
+    """uint8 images [N, 3, H, W] to floats: minus ImageNet's mean, over its standard deviation."""
     mean, std = _channel_statistics(images.device)
     return images.float().mul_(1 / (255 * std)).sub_(mean / std)
 

@@ -1,6 +1,6 @@
 """The flags that commands share, in groups; every command sets its own defaults.
 
-A flag in `may_change(...)` says where and how a training runs, not what it computes: a resumed
+A flag added by `MayChange` says where and how a training runs, not what it computes: a resumed
 training may change it. All other flags define the training.
 """
 
@@ -12,13 +12,19 @@ from util.cli import integer, number, path
 from util.errors import warn
 
 
-def may_change(flag: argparse.Action) -> None:
-    """Let a resumed training change this flag."""
-    flag.may_change = True  # type: ignore[attr-defined]
+class MayChange:
+    """Adds flags to a group that a resumed training may change."""
+
+    def __init__(self, group: argparse._ActionsContainer) -> None:
+        self.group = group
+
+    def add_argument(self, *names: str, **options: Any) -> None:
+        flag = self.group.add_argument(*names, **options)
+        flag.may_change = True  # type: ignore[attr-defined]
 
 
 def fixed(parser: argparse.ArgumentParser, flags: dict[str, Any]) -> dict[str, Any]:
-    """The flags that define a training, those outside of `may_change`, with their values."""
+    """The flags that define a training, all but those of `MayChange`, with their values."""
     free = {action.dest for action in parser._actions if getattr(action, "may_change", False)}
     return {name: value for name, value in flags.items() if name not in free}
 
@@ -26,13 +32,7 @@ def fixed(parser: argparse.ArgumentParser, flags: dict[str, Any]) -> dict[str, A
 class HeightWidth(argparse.Action):
     """Stores one number as it is, and two different ones as (height, width)."""
 
-    def __call__(
-        self,
-        parser: argparse.ArgumentParser,
-        namespace: argparse.Namespace,
-        values: Any,
-        option_string: str | None = None,
-    ) -> None:
+    def __call__(self, parser: Any, namespace: Any, values: Any, option: Any = None) -> None:
         if len(values) > 2:
             raise argparse.ArgumentError(self, "takes one number, or height and width")
         setattr(namespace, self.dest, values[0] if len(set(values)) == 1 else tuple(values))
@@ -82,56 +82,44 @@ def add_classifier_flags(parser: argparse.ArgumentParser) -> argparse._ArgumentG
 
 def add_eval_flags(parser: argparse.ArgumentParser) -> None:
     """Evaluating a checkpoint instead of training."""
-    group = parser.add_argument_group("Evaluation")
-    may_change(
-        group.add_argument(
-            "--eval",
-            action="store_true",
-            help="evaluate the classifier in the file of --resume, don't train",
-        )
+    free = MayChange(parser.add_argument_group("Evaluation"))
+    free.add_argument(
+        "--eval",
+        action="store_true",
+        help="evaluate the classifier in the file of --resume, don't train",
     )
-    may_change(
-        group.add_argument(
-            "--dist_eval",
-            action=DistEval,
-            nargs=0,
-            default=False,
-            help="accepted, not needed: all processes share the evaluation, each image counts once",
-        )
+    free.add_argument(
+        "--dist_eval",
+        action=DistEval,
+        nargs=0,
+        default=False,
+        help="accepted, not needed: all processes share the evaluation, each image counts once",
     )
 
 
 def add_device_flag(parser: argparse._ActionsContainer) -> None:
-    may_change(
-        parser.add_argument(
-            "--device", default="auto", help="auto (CUDA if there is some), cuda or cpu"
-        )
+    MayChange(parser).add_argument(
+        "--device", default="auto", help="auto (CUDA if there is some), cuda or cpu"
     )
 
 
 def add_data_flags(parser: argparse.ArgumentParser) -> None:
     """Where images come from and how they are loaded."""
-    group = parser.add_argument_group("Data")
-    may_change(
-        group.add_argument(
-            "--data_path", type=path, metavar="DIR", required=True, help="folder of the images"
-        )
+    free = MayChange(parser.add_argument_group("Data"))
+    free.add_argument(
+        "--data_path", type=path, metavar="DIR", required=True, help="folder of the images"
     )
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    may_change(
-        group.add_argument(
-            "--num_workers",
-            type=integer(0),
-            default=min(10, cores or 1),
-            help="processes that load images; results don't depend on it",
-        )
+    free.add_argument(
+        "--num_workers",
+        type=integer(0),
+        default=min(10, cores or 1),
+        help="processes that load images; results don't depend on it",
     )
-    may_change(
-        group.add_argument(
-            "--pin_mem", action="store_true", default=True, help="page-locked batches, for CUDA"
-        )
+    free.add_argument(
+        "--pin_mem", action="store_true", default=True, help="page-locked batches, for CUDA"
     )
-    group.add_argument("--no_pin_mem", action="store_false", dest="pin_mem")
+    free.add_argument("--no_pin_mem", action="store_false", dest="pin_mem")
 
 
 def add_optimization_flags(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
@@ -157,7 +145,7 @@ def add_optimization_flags(parser: argparse.ArgumentParser) -> argparse._Argumen
     group.add_argument(
         "--weight_decay",
         type=number(),
-        help="of matrices; biases, other 1-D tensors, class token and positions have none",
+        help="weight decay of matrices; biases, 1-D tensors, class token and positions have none",
     )
     group.add_argument(
         "--clip_grad", type=number(above=True), help="clip the gradients to this norm"
@@ -221,77 +209,60 @@ def add_augmentation_flags(parser: argparse.ArgumentParser) -> None:
 def add_runtime_flags(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
     """Outputs, device, precision, resuming."""
     group = parser.add_argument_group("Runtime")
-    may_change(
-        group.add_argument(
-            "--output_dir",
-            type=path,
-            default="./output_dir",
-            metavar="DIR",
-            help="folder of checkpoints and log.txt",
-        )
+    free = MayChange(group)
+    free.add_argument(
+        "--output_dir",
+        type=path,
+        default="./output_dir",
+        metavar="DIR",
+        help="folder of checkpoints and log.txt",
     )
-    may_change(
-        group.add_argument(
-            "--log_dir",
-            metavar="DIR",
-            help="folder of TensorBoard events, output_dir by default",
-        )
+    free.add_argument(
+        "--log_dir",
+        metavar="DIR",
+        help="folder of TensorBoard events, output_dir by default",
     )
     add_device_flag(group)
     group.add_argument("--seed", type=integer(0), default=0, help="random seed")
-    may_change(
-        group.add_argument(
-            "--resume",
-            default="auto",
-            metavar="{auto,none,PATH}",
-            help="auto continues from output_dir's newest whole checkpoint, PATH from this file, "
-            "none starts anew",
-        )
+    free.add_argument(
+        "--resume",
+        default="auto",
+        metavar="{auto,none,PATH}",
+        help="auto continues from output_dir's newest whole checkpoint, PATH from this file, "
+        "none starts anew",
     )
     # The type that it chooses on a device does define a training.
-    may_change(
-        group.add_argument(
-            "--amp",
-            choices=["auto", "bf16", "fp16", "off"],
-            default="auto",
-            help="mixed precision; auto is bf16 where the device computes it natively (CUDA from "
-            "Ampere on, CPUs with AVX512-BF16 or AMX), else fp16 on CUDA and float32 on a CPU; "
-            "off is float32",
-        )
+    free.add_argument(
+        "--amp",
+        choices=["auto", "bf16", "fp16", "off"],
+        default="auto",
+        help="mixed precision; auto is bf16 where the device computes it natively (CUDA from "
+        "Ampere on, CPUs with AVX512-BF16 or AMX), else fp16 on CUDA and float32 on a CPU; "
+        "off is float32",
     )
-    may_change(
-        group.add_argument("--compile", action="store_true", help="compile the transformer blocks")
+    free.add_argument("--compile", action="store_true", help="compile the transformer blocks")
+    free.add_argument("--no_compile", action="store_false", dest="compile")
+    free.add_argument(
+        "--save_every",
+        type=integer(1),
+        default=20,
+        help="epochs between numbered checkpoints; checkpoint-last.pth is renewed every epoch",
     )
-    group.add_argument("--no_compile", action="store_false", dest="compile")
-    may_change(
-        group.add_argument(
-            "--save_every",
-            type=integer(1),
-            default=20,
-            help="epochs between numbered checkpoints; checkpoint-last.pth is renewed every epoch",
-        )
+    free.add_argument(
+        "--save_minutes",
+        type=number(),
+        default=5,
+        help="minutes after which checkpoint-last.pth is renewed within an epoch",
     )
-    may_change(
-        group.add_argument(
-            "--save_minutes",
-            type=number(),
-            default=5,
-            help="minutes after which checkpoint-last.pth is renewed within an epoch",
-        )
-    )
-    may_change(
-        group.add_argument(
-            "--log_every", type=integer(1), default=20, help="steps between console lines"
-        )
+    free.add_argument(
+        "--log_every", type=integer(1), default=20, help="steps between console lines"
     )
     return group
 
 
 def add_grad_checkpointing_flag(parser: argparse._ActionsContainer) -> None:
-    may_change(
-        parser.add_argument(
-            "--grad_checkpointing",
-            action="store_true",
-            help="recompute activations in the backward pass: less memory, slower",
-        )
+    MayChange(parser).add_argument(
+        "--grad_checkpointing",
+        action="store_true",
+        help="recompute activations in the backward pass: less memory, slower",
     )

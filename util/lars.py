@@ -17,7 +17,7 @@ class LARS(torch.optim.Optimizer):
     Args:
         params: tensors or groups of them.
         lr: learning rate.
-        weight_decay: added to a gradient times the weight.
+        weight_decay: this multiple of a weight is added to its gradient.
         momentum: momentum factor.
         trust_coefficient: ratio of update norm to weight norm at learning rate 1.
     """

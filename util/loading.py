@@ -34,7 +34,7 @@ class Batch(NamedTuple):
 
 
 class EvalBatch(NamedTuple):
-    """Some images of an evaluation, on the device, and on the CPU what is known of them."""
+    """Some images of an evaluation, their indices, and whether they were readable."""
 
     imgs: Tensor  # [N, 3, height, width], normalised
     labels: Tensor  # [N]

@@ -33,7 +33,8 @@ class RunLog:
         process: this `distributed.Process`.
         epochs: length of the whole run.
         loss_tag: TensorBoard's name for the training loss.
-        start: epoch, with its fraction, to resume from; entries logged beyond it are removed.
+        epoch, share: the epoch to resume, and the share of it that is done; entries logged beyond
+            this point are removed.
     """
 
     def __init__(
@@ -44,7 +45,8 @@ class RunLog:
         *,
         epochs: int,
         loss_tag: str,
-        start: float,
+        epoch: int,
+        share: float,
     ) -> None:
         self.process = process
         self.epochs = epochs
@@ -52,9 +54,10 @@ class RunLog:
         self.show_bar = process.is_main and sys.stdout.isatty() and sys.stderr.isatty()
         if process.is_main:
             self._log_file = Path(output_dir) / "log.txt"
-            self._remove_lines_from(int(start))
+            self._remove_lines_from(epoch)
             # TensorBoard drops what an earlier writer logged at this x and beyond it.
-            purge_step = int(1000 * start) + 1 if start else 0
+            start = int(1000 * (epoch + share))
+            purge_step = start + 1 if start else 0
             self._tensorboard = SummaryWriter(log_dir, purge_step=purge_step)
 
     def __enter__(self) -> "RunLog":
@@ -85,21 +88,11 @@ class RunLog:
             tqdm.write(text)
             sys.stdout.flush()
 
-    def scalars(self, epoch: float, **values: float) -> None:
-        """TensorBoard scalars at 1000 x epoch, so that runs of any batch size compare."""
-        self._add_scalars(values, int(1000 * epoch))
-
-    def performance(self, epochs: int, figures: dict[str, float]) -> None:
-        """A classifier's figures after so many epochs, as TensorBoard scalars by epoch.
-
-        To be called after the epoch is saved: an epoch that runs again would log them twice.
-        """
-        self._add_scalars({f"perf/{name}": value for name, value in figures.items()}, epochs)
-
-    def _add_scalars(self, values: dict[str, float], x: int) -> None:
+    def scalars(self, x: float, values: dict[str, float]) -> None:
+        """TensorBoard scalars by tag; x is 1000 x epoch, so that runs of any batch size compare."""
         if self.process.is_main:
             for tag, value in values.items():
-                self._tensorboard.add_scalar(tag, value, x)
+                self._tensorboard.add_scalar(tag, value, int(x))
 
     def picture(self, epoch: float, tag: str, picture: Image.Image) -> None:
         """A picture in TensorBoard."""
@@ -217,7 +210,7 @@ class Meter:
                 if not math.isfinite(loss):
                     raise UserError(
                         f"the loss is {loss} at epoch {self.epoch}, step {first_step + offset}, "
-                        f"rank {rank}: continue from the last checkpoint with a lower learning "
+                        f"rank {rank}: start anew in another --output_dir with a lower learning "
                         "rate, a longer warm-up, --clip_grad 1 or --amp off"
                     )
 
@@ -232,7 +225,7 @@ class Meter:
 
     def _show(self, log: RunLog, loss: float, images_per_s: float, waited_share: float) -> None:
         progress = self.epoch + (self._step + 1) / self.steps
-        log.scalars(progress, **{log.loss_tag: loss, "lr": self.totals["lr"]})
+        log.scalars(1000 * progress, {log.loss_tag: loss, "lr": self.totals["lr"]})
         status = (
             f"loss {loss:.4f}  lr {self.totals['lr']:.2e}  {images_per_s:.1f} images/s  "
             f"data wait {waited_share:.0%}  peak memory {peak_memory_gib():.2f} GiB"

@@ -24,11 +24,14 @@ def start_from(model: nn.Module, path: str | Path) -> int:
 
 def saved_input_size(contents: dict[str, Any]) -> int | tuple[int, int] | None:
     """The image size that a checkpoint's model was trained on; None if the file doesn't say."""
-    return (contents.get("args") or {}).get("input_size")
+    size = (contents.get("args") or {}).get("input_size")
+    if isinstance(size, (list, tuple)) and len(size) == 2:
+        return size[0], size[1]
+    return size if isinstance(size, int) else None
 
 
 def check_flags(contents: dict[str, Any], path: str | Path, given: dict[str, Any]) -> None:
-    """Refuse, with a UserError, to evaluate a checkpoint with other flags than it was trained with.
+    """Refuse, with a UserError, to evaluate a checkpoint with different flags than in training.
 
     Another input size, for which a classifier's positions are resampled, is a warning.
 

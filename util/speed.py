@@ -37,6 +37,9 @@ def prepare(
     for module in model.modules():
         if hasattr(module, "fused_attn") and device.type == "cpu" and dtype is torch.bfloat16:
             module.fused_attn = False
+    if compile:
+        # DDP's buckets would cut the blocks' graphs, which are small enough to overlap as they are.
+        torch._dynamo.config.optimize_ddp = False
     for block in [module for module in model.modules() if isinstance(module, Block)]:
         if compile:
             for name in ("drop_path1", "drop_path2"):
@@ -51,12 +54,12 @@ def prepare(
 class TensorDropPath(nn.Module):
     """timm's DropPath with its rate in a tensor, so that blocks of all rates share one graph.
 
-    torch.compile takes a rate that is a float for a constant, and compiles each block anew.
+    torch.compile treats a float rate as a constant, and compiles each block anew.
     """
 
     def __init__(self, drop_prob: float, device: torch.device) -> None:
         super().__init__()
-        self.register_buffer("keep_prob", torch.tensor(1 - drop_prob, device=device), False)
+        self.keep_prob = torch.tensor(1 - drop_prob, device=device)  # no buffer: DDP shares those
 
     def forward(self, x: Tensor) -> Tensor:
         """Each sample of x [N, ...] dropped, or divided by the probability to be kept."""

@@ -1,4 +1,4 @@
-"""Stopping a run: a signal is heard and acknowledged at once, and a second one is obeyed."""
+"""Stopping a run: a first signal is acknowledged, then saves and stops; a second one kills."""
 
 import os
 import signal
@@ -15,7 +15,7 @@ class StopSignals:
     """Within this context SIGTERM, SIGINT and SIGUSR1 ask for a save and an orderly stop.
 
     `training.Checkpoints` saves and stops after the update or the evaluation under way, once all
-    processes agree. A second signal ends the process at once, as if nothing had caught it.
+    processes agree. A second signal, after `SAME_REQUEST_SECONDS`, ends the process at once.
 
     Attributes:
         received: the number of the signal that arrived; 0 before one has.
@@ -32,18 +32,13 @@ class StopSignals:
         for number, handler in self._handlers.items():
             signal.signal(number, handler)
 
-    @staticmethod
-    def name(number: int) -> str:
-        """A signal's name, such as SIGTERM."""
-        return signal.Signals(number).name
-
     def _receive(self, number: int, _frame: FrameType | None) -> None:
-        now = time.monotonic()
+        now, name = time.monotonic(), signal.Signals(number).name
         if not self.received:
             self.received, self._since = number, now
-            self._say(f"{self.name(number)}: saving and stopping; a second signal ends the run now")
+            self._say(f"{name}: saving, then stopping; a second signal (after 2 s) ends the run")
         elif now - self._since > SAME_REQUEST_SECONDS:
-            self._say(f"{self.name(number)}: ended by a second signal, without a save")
+            self._say(f"{name}: ended by a second signal, without a save")
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
 

@@ -1,8 +1,8 @@
 """To be imported before torch: OpenMP reads its settings when torch loads it.
 
-OpenMP's waiting threads spin. Beside other work on the same cores they take the time of those
-that compute: a step can then take 50 times as long. They now spin only shortly before they sleep,
-unless the user has chosen otherwise (measured in docs/speed.md).
+OpenMP's waiting threads spin. When other work shares the cores, spinning threads take time from
+those that compute, and a step can take many times as long. Now they spin only briefly before they
+sleep, unless the user has chosen otherwise (`python -m benchmarks.whole_run` measures it).
 """
 
 import os

@@ -4,12 +4,13 @@ import contextlib
 import errno
 import fcntl
 import os
+import signal
 import socket
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 import numpy as np
 import timm
@@ -19,10 +20,15 @@ from torch import Tensor, nn
 
 import util
 from util import distributed
-from util.checkpoint import BEST, LAST, find_checkpoint, save_checkpoint
+from util.checkpoint import (
+    BEST,
+    LAST,
+    checkpoints_in,
+    find_checkpoint,
+    progress,
+    save_checkpoint,
+)
 from util.errors import UserError, warn
-from util.image_files import ImagePaths
-from util.precision import dtype_name
 from util.stopping import StopSignals
 
 if TYPE_CHECKING:
@@ -57,63 +63,46 @@ class TrainingState:
         self.epoch, self.step, self.totals = self.epoch + 1, 0, {}
 
 
-def defining_settings(
-    flags: dict[str, Any],
-    *,
-    images: ImagePaths,
-    process: distributed.Process,
-    amp_dtype: torch.dtype | None,
-    **further: Any,
-) -> dict[str, Any]:
-    """What defines a training, by name: a checkpoint resumes only under equal settings.
-
-    Args:
-        flags: the flags that a resumed training may not change, see `flags.fixed`.
-        images: those of the training.
-        process: this process, for their number.
-        amp_dtype: a `resolve_amp` type.
-        further: more settings.
-    """
-    return {
-        **flags,
-        "processes": process.world_size,
-        "images": len(images),
-        "image_names": images.fingerprint,
-        "dtype": dtype_name(amp_dtype),
-        **further,
-    }
-
-
 @contextlib.contextmanager
 def lock(output_dir: str, process: distributed.Process) -> Iterator[None]:
     """Keep other runs out of output_dir within this context; the lock dies with the process.
 
     Raises:
-        UserError: another run holds it.
+        UserError: in all processes, if another run holds it.
     """
-    if not process.is_main:
+    with contextlib.ExitStack() as stack:
+        problem = None
+        if process.is_main:
+            try:
+                _lock_file(stack.enter_context(open(Path(output_dir) / ".lock", "a+")))
+            except UserError as error:
+                problem = f"{error} is using {output_dir}: stop it, or choose another --output_dir"
+            except OSError as error:
+                warn(
+                    f"{output_dir} can't be locked ({error.strerror}): make sure that no other "
+                    "run uses it"
+                )
+        problem = distributed.gather(problem)[0]
+        if problem:
+            raise UserError(problem)
         yield
-        return
-    # "a": a run that is refused must not empty the file. Locks of this kind belong to the process,
-    # so that a worker that outlives it for some seconds doesn't hold them.
-    with open(Path(output_dir) / ".lock", "a+") as file:
-        try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            if error.errno in (errno.EACCES, errno.EAGAIN):
-                file.seek(0)
-                raise UserError(
-                    f"another run ({file.read().strip()}) is using {output_dir}: stop it, "
-                    "or choose another --output_dir"
-                ) from error
-            warn(
-                f"{output_dir} can't be locked ({error.strerror}): see to it that no other run "
-                "uses it"
-            )
-        file.truncate(0)
-        file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
-        file.flush()
-        yield
+
+
+def _lock_file(file: TextIO) -> None:
+    """Lock a file and write this process into it; a UserError that names who has locked it.
+
+    Locks of this kind belong to a process: a worker that outlives it doesn't hold them.
+    """
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno not in (errno.EACCES, errno.EAGAIN):
+            raise
+        file.seek(0)
+        raise UserError(f"another run ({file.read().strip()})") from error
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+    file.flush()
 
 
 class Checkpoints:
@@ -123,7 +112,7 @@ class Checkpoints:
         output_dir: the folder of the checkpoints.
         process: this `distributed.Process`.
         signals: the run's `StopSignals`, which ask for a save and a stop.
-        settings: as of `defining_settings`.
+        settings: what defines the training; a checkpoint resumes only under equal settings.
         contents: further entries of every checkpoint, such as "command" and "args".
         epochs: the training's length.
         save_every: epochs between the numbered checkpoints.
@@ -167,16 +156,18 @@ class Checkpoints:
         if any(other != self.settings for other in distributed.gather(self.settings)):
             raise UserError("the processes were given different flags or see different files")
         found = find_checkpoint(resume, self.output_dir)
-        progress = found and (found[0].get("epoch"), found[0].get("step"))
-        if any(other != progress for other in distributed.gather(progress)):
+        place = found and (found[0].get("epoch"), found[0].get("step"))
+        if any(other != place for other in distributed.gather(place)):
             raise UserError(
                 f"the processes find different checkpoints in {self.output_dir}: it must be on a "
                 "file system that all of them share"
             )
+        if found is not None:
+            self._check_same_training(*found)
+        self._set_newer_files_aside(resume)
         if found is None:
             return
         contents, path = found
-        self._check_same_training(contents, path)
         for name in ("model", "optimizer", "scaler"):
             if contents[name]:  # a disabled scaler's is empty
                 getattr(state, name).load_state_dict(contents[name])
@@ -187,6 +178,16 @@ class Checkpoints:
             state.begin_next_epoch()
         else:
             state.totals = contents["totals"]
+
+    def _set_newer_files_aside(self, resume: str) -> None:
+        """Rename what `--resume auto` would take for newer than a new or a given start."""
+        if resume == "auto" or not self.process.is_main:
+            return
+        start = (-1.0, 0.0) if resume == "none" else progress(Path(resume))[:2]
+        for path in checkpoints_in(self.output_dir):
+            if progress(path)[:2] > start:
+                path.rename(path.with_name(f"{path.name}.old"))
+                warn(f"--resume {resume}: {path} is now called {path.name}.old")
 
     def _check_same_training(self, contents: dict[str, Any], path: str | Path) -> None:
         command = self.contents["command"]
@@ -203,8 +204,10 @@ class Checkpoints:
             )
         saved = contents["training"]
         if contents["format"] == 1:  # version 0.1, whose --amp auto was float32 on a CPU
-            auto_on_cpu = saved["amp"] == "auto" and self.process.device.type == "cpu"
-            saved = {**saved, "dtype": "float32" if auto_on_cpu else self.settings["dtype"]}
+            dtypes = {"off": "float32", "bf16": "bfloat16", "fp16": "float16"}
+            if self.process.device.type == "cpu":
+                dtypes["auto"] = "float32"
+            saved = {**saved, "dtype": dtypes.get(saved["amp"], self.settings["dtype"])}
         changed = [
             f"{name} ({saved.get(name)} -> {value})"
             for name, value in self.settings.items()
@@ -215,8 +218,8 @@ class Checkpoints:
             if saved.get("dtype") != self.settings["dtype"]:
                 hint = "; --amp chooses the dtype: off is float32"
             raise UserError(
-                f"{path} belongs to a training with other settings: {', '.join(changed)}; restore "
-                f"them, or start anew in another --output_dir{hint}"
+                f"{path} belongs to a training with different settings: {', '.join(changed)}; "
+                f"restore them, or start anew in another --output_dir{hint}"
             )
 
     def save_if_due(self, state: TrainingState, meter: "Meter") -> None:
@@ -247,14 +250,11 @@ class Checkpoints:
         return (epoch + 1) % self.save_every == 0 or epoch + 1 == self.epochs
 
     def save_epoch(self, state: TrainingState, score: float | None = None) -> None:
-        """Save an epoch that is trained, evaluated and logged, and stop if a signal asks for it.
+        """Save an epoch that is trained, evaluated and logged.
 
         Args:
             state: after the epoch's last step.
             score: the epoch with the highest one is saved as `BEST`.
-
-        Raises:
-            SystemExit: a process got a signal, and epochs are left to train.
         """
         if score is not None and (state.best is None or score > state.best):
             state.best = score
@@ -262,6 +262,9 @@ class Checkpoints:
         if self.keeps(state.epoch):
             self._save(f"checkpoint-{state.epoch}.pth", state, epoch_is_done=True)
         self._save(LAST, state, epoch_is_done=True)
+
+    def stop_if_asked(self, state: TrainingState) -> None:
+        """After an epoch is saved, but the last one: a SystemExit if a process got a signal."""
         received = max(distributed.gather(self.signals.received))
         if received and state.epoch + 1 < self.epochs:
             self._agree.settle()
@@ -304,8 +307,8 @@ class Checkpoints:
             if not all(tensor.isfinite().all() for tensor in _tensors(contents[part])):
                 raise UserError(
                     f"the {part} holds values that are not finite after step {state.step} of epoch "
-                    f"{state.epoch}, no checkpoint is written: resume the last one with a lower "
-                    "--lr"
+                    f"{state.epoch}, no checkpoint is written: start anew in another --output_dir "
+                    "with a lower --lr"
                 )
         self._next_save = time.monotonic() + self.save_seconds
         succeeded = True
@@ -324,7 +327,7 @@ class Checkpoints:
             outcome = "this state could not be saved"
         if self.process.is_main:
             print(
-                f"{self.signals.name(received)}: stopped after step {state.step} of epoch "
+                f"{signal.Signals(received).name}: stopped after step {state.step} of epoch "
                 f"{state.epoch}; {outcome}",
                 flush=True,
             )
