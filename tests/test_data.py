@@ -19,6 +19,7 @@ import torch
 from helpers import CPU, difference, encode, fill, photograph, pixels, resize_in_passes
 from PIL import Image
 from torchvision import transforms
+from torchvision.transforms import v2
 
 from util import data, image_files, loading
 from util.distributed import Process
@@ -275,6 +276,19 @@ def test_pretrain_transform_agrees_with_the_pillow_pipeline(photograph_file, siz
         assert mean <= 0.05
         flips.add(flip)
     assert flips == {True, False}
+
+
+@pytest.mark.parametrize("width_height", [(500, 375), (40, 40), (200, 10), (10, 200)], ids=str)
+def test_crops_are_torchvisions_to_the_bit(width_height):
+    image = pixels(photograph(*width_height))
+    bicubic = transforms.InterpolationMode.BICUBIC
+    expected = v2.RandomResizedCrop((32, 48), (0.2, 1.0), interpolation=bicubic, antialias=True)
+    for seed in range(50):
+        crops = []
+        for crop in (data.FastResizedCrop((32, 48), (0.2, 1.0)), expected):
+            torch.manual_seed(seed)
+            crops.append(crop(image))
+        assert torch.equal(*crops)
 
 
 @pytest.mark.parametrize(

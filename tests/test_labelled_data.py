@@ -11,7 +11,6 @@ from PIL import Image
 from timm.data import auto_augment, create_transform
 from timm.layers import to_2tuple
 from torchvision.datasets import ImageFolder
-from torchvision.transforms import v2
 
 from util import cli, data, flags, image_files, loading
 from util.distributed import Process
@@ -341,13 +340,13 @@ def test_an_augmentation_is_a_function_of_its_seeds(name):
 @pytest.fixture
 def boxes(monkeypatch):
     """The boxes (top, left, height, width) of all crops that are resized from here on."""
-    found, resized_crop = [], v2.functional.resized_crop
+    found, resized_crop = [], data.resized_crop
 
     def spy(image, top, left, height, width, *args, **options):
         found.append((top, left, height, width))
         return resized_crop(image, top, left, height, width, *args, **options)
 
-    monkeypatch.setattr(v2.functional, "resized_crop", spy)
+    monkeypatch.setattr(data, "resized_crop", spy)
     return found
 
 

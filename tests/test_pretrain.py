@@ -291,7 +291,7 @@ def test_resume_none_starts_anew_and_a_path_is_taken(pretrain_flags, pretrain, c
     assert_same_bits(final_state(out_dir), expected)
 
     elsewhere = out_dir.parent / "elsewhere"
-    pretrain(pretrain_flags | {"output_dir": elsewhere, "resume": out_dir / "checkpoint-0.pth"})
+    pretrain(pretrain_flags | {"output_dir": elsewhere, "resume": out_dir / "checkpoint-0.pth.old"})
     assert "resuming" in capsys.readouterr().out
     model, optimizer, losses = final_state(elsewhere)
     assert_same_bits((model, optimizer, expected[2]), expected)
