@@ -44,7 +44,7 @@ def train_one_epoch(
         model: a classifier [N, 3, H, W] -> logits [N, K], or its data-parallel wrapper.
         criterion: loss of logits and labels [N], or of logits and shares [N, K] under mixup.
         loader, optimizer, scaler, state, meter, checkpoints, schedule, accum_iter, amp_dtype, rank,
-            clip_grad: as of `engine_pretrain.train_one_epoch`.
+            clip_grad: as in `engine_pretrain.train_one_epoch`.
         seed: seed of erasing, mixup and drop path: functions of (seed, epoch, step, rank).
         random_erasing: timm's RandomErasing of a batch of images, or None.
         mixup: timm's Mixup of a batch of images and labels, or None.

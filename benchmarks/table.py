@@ -93,8 +93,7 @@ def whole_run_table(report):
     rows = [[run, three_digits(speed["median"])] for run, speed in results["images_per_s"].items()]
     quiet, busy, *_ = rows
     quiet += ["", spread(results["share_lost"], ".1%"), f"{results['data_wait']['median']:.1%}"]
-    if "busy_to_quiet" in results:
-        busy += [spread(results["busy_to_quiet"])]
+    busy += [spread(results["busy_to_quiet"])]
     return markdown(head, rows, report)
 
 

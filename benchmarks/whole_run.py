@@ -35,7 +35,7 @@ def get_args_parser():
     parser = report.parser(__doc__, pairs=5)
     parser.add_argument("--model", default="mae_vit_small_patch16", help="name of the model")
     parser.add_argument("--batch_size", type=cli.integer(1), default=64, help="images per step")
-    parser.add_argument("--amp", default="auto", help="as of main_pretrain.py")
+    parser.add_argument("--amp", default="auto", help="as for main_pretrain.py")
     parser.add_argument("--compile", action="store_true", help="compile the transformer blocks")
     parser.add_argument("--steps", type=cli.integer(1), default=16, help="per epoch")
     return parser
