@@ -7,7 +7,6 @@ import multiprocessing
 import os
 import runpy
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -149,9 +148,15 @@ class ForkedScript:
         self.stdout = os.fdopen(os.dup(reader.fileno()))
         self._stderr = tempfile.NamedTemporaryFile("r")  # noqa: SIM115
         argv = [str(ROOT / script), *command_line(flags)]
-        environment = {"WORLD_SIZE": str(processes), "MASTER_ADDR": "localhost"}
-        with socket.create_server(("localhost", 0)) as free:
-            environment["MASTER_PORT"] = str(free.getsockname()[1])
+        # As torchrun does, this process holds the store, which outlives every rank.
+        self._store = torch.distributed.TCPStore("localhost", 0, is_master=True)
+        environment = {
+            "WORLD_SIZE": str(processes),
+            "MASTER_ADDR": "localhost",
+            "MASTER_PORT": str(self._store.port),
+            "TORCHELASTIC_USE_AGENT_STORE": "True",
+            "TORCHELASTIC_RESTART_COUNT": "0",
+        }
         self._ranks = []
         for rank in map(str, range(processes)):
             environment |= {"RANK": rank, "LOCAL_RANK": rank}

@@ -124,8 +124,13 @@ def test_one_epoch_equals_a_loop_written_by_hand(
         optimizer.zero_grad()
     weights, _, logged = final_state(classify_flags["output_dir"], "test_loss")
     for name, value in model.state_dict().items():
-        # The gradient of the keys' biases is 0; of its rounding errors AdamW makes small steps.
-        torch.testing.assert_close(weights[name], value, rtol=1e-4, atol=2e-5)
+        found = weights[name]
+        if name.endswith("qkv.bias"):
+            # The keys' biases have a gradient of 0; AdamW makes small steps of its rounding errors.
+            keys = slice(len(value) // 3, 2 * len(value) // 3)
+            torch.testing.assert_close(found[keys], value[keys], rtol=0, atol=1e-4)
+            found[keys] = value[keys]
+        torch.testing.assert_close(found, value, rtol=1e-4, atol=2e-5)
     assert logged[0][1] == pytest.approx(np.mean(losses), rel=1e-5)
 
 
