@@ -19,7 +19,7 @@ lint: $(READY)  ## check style, formatting and types
 	.venv/bin/mypy
 
 SMALL := --batch_size 128 --pairs 7 --turn 2 --sides ours:auto \
-	ours:auto:compile ours:off plain:off transformers:off transformers:bf16
+	ours:auto:compile ours:off transformers:off transformers:bf16
 
 # One after the other: two at once would slow each other.
 bench: $(READY)  ## measure speed, and write benchmarks/RESULTS.md

@@ -28,6 +28,7 @@ from util import (
     flags,
     image_files,
     loading,
+    locking,
     logs,
     optim,
     precision,
@@ -89,7 +90,7 @@ def run(args, train, evaluate_checkpoint):
         if args.eval:
             evaluate_checkpoint(args, process, amp_dtype)
         else:
-            with training.lock(args.output_dir, process):
+            with locking.lock(args.output_dir, process):
                 train(args, process, amp_dtype)
 
 

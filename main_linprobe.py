@@ -17,13 +17,7 @@ import torch
 from torch import nn
 
 import models_vit
-from main_finetune import (
-    evaluate_classifier,
-    find_val_images,
-    make_loaders,
-    run,
-    train_classifier,
-)
+from main_finetune import evaluate_classifier, find_val_images, make_loaders, run, train_classifier
 from util import checkpoint, cli, data, flags, pretrained, speed
 from util.errors import UserError
 from util.lars import LARS

@@ -23,6 +23,7 @@ from util import (
     flags,
     image_files,
     loading,
+    locking,
     logs,
     optim,
     precision,
@@ -70,7 +71,7 @@ def main(args):
             speed.keep_freed_memory()
         amp_dtype = precision.resolve_amp(args.amp, process.device)
         cli.make_output_dirs(args.output_dir, args.log_dir, process)
-        with training.lock(args.output_dir, process):
+        with locking.lock(args.output_dir, process):
             pretrain(args, process, amp_dtype)
 
 

@@ -65,13 +65,6 @@ class Setting:
     def on_gpu(self):
         return self.device.type == "cuda"
 
-    def batch_augmentation(self):
-        """Random erasing and mixup as in the ImageNet recipe for fine-tuning."""
-        return {
-            "random_erasing": RandomErasing(0.25, mode="pixel", device=self.device),
-            "mixup": Mixup(mixup_alpha=0.8, cutmix_alpha=1.0, num_classes=CLASSES),
-        }
-
 
 class SyntheticLoader:
     """In place of an `ImageLoader`: one batch again and again."""
@@ -102,8 +95,14 @@ def ours(setting):
         engine, task = engine_pretrain, {"mask_ratio": MASK_RATIO}
     else:
         groups, betas = optim.layer_decay_groups(model, 0.05, 0.75), (0.9, 0.999)
-        engine, task = engine_finetune, setting.batch_augmentation()
-        task["criterion"] = nn.CrossEntropyLoss()
+        engine, task = (
+            engine_finetune,
+            {
+                "criterion": nn.CrossEntropyLoss(),
+                "random_erasing": RandomErasing(0.25, mode="pixel", device=setting.device),
+                "mixup": Mixup(mixup_alpha=0.8, cutmix_alpha=1.0, num_classes=CLASSES),
+            },
+        )
     optimizer = optim.adamw(groups, betas=betas)
     scaler = grad_scaler(setting.device, setting.dtype)
     checkpoints = Checkpoints(  # which never saves
@@ -140,33 +139,8 @@ def ours(setting):
     return train
 
 
-def plain(setting):
-    """This project's model in an unoptimised, eager loop.
-
-    Attention is an explicit softmax, AdamW is torch's default, images reach the device as floats,
-    and every step fetches the value of the loss.
-    """
-    model = setting.build_model().to(setting.device)
-    for module in model.modules():
-        if hasattr(module, "fused_attn"):
-            module.fused_attn = False
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, weight_decay=0.05)
-    if setting.task == "pretrain":
-
-        def loss_of(images, _labels):
-            return model(images, MASK_RATIO)[0]
-    else:
-        augmentation = setting.batch_augmentation()
-
-        def loss_of(images, labels):
-            images, labels = augmentation["mixup"](augmentation["random_erasing"](images), labels)
-            return nn.functional.cross_entropy(model(images), labels)
-
-    return plain_loop(setting, loss_of, optimizer)
-
-
 def transformers(setting):
-    """transformers' model of the same sizes with SDPA, and its Trainer's fused AdamW."""
+    """transformers' model of the same sizes with SDPA and fused AdamW, in a tutorial's loop."""
     import transformers as hf
 
     ours = setting.build_model()
@@ -197,15 +171,6 @@ def transformers(setting):
         model.compile()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, weight_decay=0.05, fused=True)
 
-    def loss_of(images, labels):
-        targets = {} if setting.task == "pretrain" else {"labels": labels}
-        return model(pixel_values=images, **targets).loss
-
-    return plain_loop(setting, loss_of, optimizer, fetch_loss=False)
-
-
-def plain_loop(setting, loss_of, optimizer, fetch_loss=True):
-    """The steps of a tutorial: float images to the device, loss, backward, update."""
     images, labels = setting.images()
     images = normalize(images)
     scaler = grad_scaler(setting.device, setting.dtype)
@@ -213,15 +178,14 @@ def plain_loop(setting, loss_of, optimizer, fetch_loss=True):
     def train(steps):
         for _ in range(steps):
             optimizer.zero_grad()
+            targets = {} if setting.task == "pretrain" else {"labels": labels.to(setting.device)}
             with autocast(setting.device, setting.dtype):
-                loss = loss_of(images.to(setting.device), labels.to(setting.device))
+                loss = model(pixel_values=images.to(setting.device), **targets).loss
             scaler.scale(loss).backward()
             scaler.step(optimizer)
             scaler.update()
-            if fetch_loss:
-                loss.item()
 
     return train
 
 
-SIDES = {side.__name__: side for side in (ours, plain, transformers)}
+SIDES = {"ours": ours, "transformers": transformers}

@@ -1,14 +1,11 @@
-"""Write benchmarks/RESULTS.md: the tables that the files in benchmarks/results make.
+"""Write benchmarks/RESULTS.md, the tables that the files in benchmarks/results make.
 
-python -m benchmarks.table            write it
-python -m benchmarks.table --check    only see whether it is up to date
+python -m benchmarks.table
 """
 
 import json
 
 from benchmarks.report import RESULTS
-from util import cli
-from util.errors import UserError
 
 PAGE = RESULTS.parent / "RESULTS.md"
 INTRODUCTION = """# Measured speed
@@ -16,31 +13,19 @@ INTRODUCTION = """# Measured speed
 The sides of a comparison take turns on an otherwise idle machine. A first round warms up. Figures
 are medians over the rounds after it, with the lowest and the highest in brackets; "times" compares
 turns of the same round. *MFU* is the share of the machine's peak that the method's operations need;
-the peak is measured by products of large square matrices. *The plain loop* trains this project's
-model eagerly, with an explicit softmax, unfused AdamW, float images and a host sync in each step;
-*transformers* has SDPA and fused AdamW. *Time lost*, compared with bare steps on synthetic images,
-includes a checkpoint every 5 minutes. No GPU results yet.
+the peak is measured by products of large square matrices. *transformers* has SDPA and fused AdamW.
+*Time lost*, compared with bare steps on synthetic images, includes a checkpoint every 5 minutes. No
+GPU results yet.
 
 The tables at commit 55aa76d, on Zen 5, were measured with code that is gone: float32 linear layers
-were convolutions there, and the model had a shorter path for training, worth about 1%.
+were convolutions there, and the model had a shorter path for training, worth about 1%. *The plain
+loop* in them trains this project's model eagerly, with an explicit softmax, unfused AdamW, float
+images and a host sync in each step.
 
 Below each table are its command, commit (`+` marks uncommitted changes), hardware and versions.
 `python -m benchmarks.table` writes this page; [README.md](README.md) says how to measure again.
 
 """
-
-
-def get_args_parser():
-    parser = cli.ArgumentParser(description=__doc__)
-    parser.add_argument("--check", action="store_true", help="write nothing")
-    return parser
-
-
-def main(args):
-    if not args.check:
-        PAGE.write_text(page())
-    elif PAGE.read_text() != page():
-        raise UserError(f"{PAGE} is out of date: run python -m benchmarks.table")
 
 
 def page():
@@ -125,4 +110,4 @@ def markdown(head, rows, report):
 
 
 if __name__ == "__main__":
-    cli.run(main, get_args_parser())
+    PAGE.write_text(page())

@@ -3,10 +3,8 @@
     python -m benchmarks.train_step --model mae_vit_base_patch16 --batch_size 32
     python -m benchmarks.train_step --task finetune --model vit_base_patch16 --batch_size 32
 
-A side is NAME:AMP or NAME:AMP:compile. NAME is ours, transformers or plain, which is this project's
-model in an unoptimised loop: eager, attention by an explicit softmax, unfused AdamW, images sent
-as floats, and a host sync in each step. AMP is off (float32), bf16, fp16 or auto, which stands for
-one of these on each device.
+A side is NAME:AMP or NAME:AMP:compile. NAME is ours or transformers. AMP is off (float32), bf16,
+fp16 or auto, which stands for one of these on each device.
 
 Every side runs in its own process. After a warm-up they take turns, one at a time, in --pairs
 rounds. A ratio compares two sides' turns of the same round. Shown are the median, the lowest and
@@ -38,8 +36,8 @@ from util.errors import UserError
 from util.precision import resolve_amp
 
 AMPS = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
-DEFAULT_SIDES = {  # on a CPU four, because those of a large model must fit into memory together
-    "cpu": ["ours:auto", "ours:off", "plain:off", "transformers:off"],
+DEFAULT_SIDES = {  # on a CPU few, because those of a large model must fit into memory together
+    "cpu": ["ours:auto", "ours:off", "transformers:off"],
     "cuda": ["ours:auto:compile", "ours:auto", "transformers:bf16", "transformers:bf16:compile"],
 }
 

@@ -10,7 +10,7 @@ from helpers import CPU, ForkedScript, assert_same_bits, final_state, run
 import main_finetune
 import main_linprobe
 import main_pretrain
-from util import flags, optim, precision, training
+from util import flags, locking, optim, precision, training
 from util.checkpoint import load_checkpoint, save_checkpoint
 from util.distributed import Process
 from util.stopping import StopSignals
@@ -185,7 +185,7 @@ def test_a_second_run_is_refused_while_the_first_lives(pretrain_flags):
 
 def test_a_refused_run_leaves_the_lock_to_the_first(tmp_path, user_error):
     def hold(output_dir, locked, release):
-        with training.lock(output_dir, ALONE):
+        with locking.lock(output_dir, ALONE):
             locked.set()
             release.wait(30)
 
@@ -195,11 +195,11 @@ def test_a_refused_run_leaves_the_lock_to_the_first(tmp_path, user_error):
     holder.start()
     assert locked.wait(30)
     for _ in range(2):
-        message = user_error(lambda: training.lock(tmp_path, ALONE).__enter__())
+        message = user_error(lambda: locking.lock(tmp_path, ALONE).__enter__())
         assert message.startswith(f"another run (process {holder.pid} on ")
     release.set()
     holder.join()
-    with training.lock(tmp_path, ALONE):
+    with locking.lock(tmp_path, ALONE):
         pass
 
 
@@ -219,6 +219,6 @@ def test_where_locks_are_not_supported_a_warning_says_so(tmp_path, monkeypatch, 
         raise OSError(37, "No locks available")
 
     monkeypatch.setattr("fcntl.lockf", refuse)
-    with training.lock(tmp_path, ALONE):
+    with locking.lock(tmp_path, ALONE):
         pass
     assert "can't be locked (No locks available)" in capsys.readouterr().err

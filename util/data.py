@@ -9,12 +9,7 @@ import PIL
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from timm.data import (
-    IMAGENET_DEFAULT_MEAN,
-    IMAGENET_DEFAULT_STD,
-    auto_augment,
-    create_transform,
-)
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, auto_augment, create_transform
 from timm.layers import to_2tuple
 from torch import Tensor, nn
 from torchvision.transforms import InterpolationMode, v2

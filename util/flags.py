@@ -218,9 +218,7 @@ def add_runtime_flags(parser: argparse.ArgumentParser) -> argparse._ArgumentGrou
         help="folder of checkpoints and log.txt",
     )
     free.add_argument(
-        "--log_dir",
-        metavar="DIR",
-        help="folder of TensorBoard events, output_dir by default",
+        "--log_dir", metavar="DIR", help="folder of TensorBoard events, output_dir by default"
     )
     add_device_flag(group)
     group.add_argument("--seed", type=integer(0), default=0, help="random seed")

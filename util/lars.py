@@ -31,10 +31,7 @@ class LARS(torch.optim.Optimizer):
         trust_coefficient: float = 0.001,
     ) -> None:
         defaults = dict(
-            lr=lr,
-            weight_decay=weight_decay,
-            momentum=momentum,
-            trust_coefficient=trust_coefficient,
+            lr=lr, weight_decay=weight_decay, momentum=momentum, trust_coefficient=trust_coefficient
         )
         super().__init__(params, defaults)
 

@@ -33,15 +33,6 @@ class Batch(NamedTuple):
     unreadable: int  # how many images were unreadable and are replaced
 
 
-class EvalBatch(NamedTuple):
-    """Some images of an evaluation, their indices, and whether they were readable."""
-
-    imgs: Tensor  # [N, 3, height, width], normalised
-    labels: Tensor  # [N]
-    indices: Tensor  # [N], on the CPU
-    readable: Tensor  # [N], on the CPU; an unreadable image is replaced
-
-
 class ImageDataset(torch.utils.data.Dataset):
     """Images and their labels, transformed as a function of (seed, epoch, index).
 
@@ -164,11 +155,14 @@ class ImageLoader:
         for step, (imgs, labels, indices, readable) in enumerate(self.eval_batches(), first_step):
             yield Batch(step, imgs, labels, self.warn_unreadable(indices[~readable]))
 
-    def eval_batches(self) -> Iterator[EvalBatch]:
-        """All batches in the sampler's order."""
+    def eval_batches(self) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
+        """All batches as (imgs, labels, indices, readable), the last two [N] on the CPU.
+
+        An image that is not readable is replaced, see `ImageDataset`.
+        """
         for images, labels, indices, readable in self._loader:
             imgs = normalize(images.to(self.device, non_blocking=True))
-            yield EvalBatch(imgs, labels.to(self.device, non_blocking=True), indices, readable)
+            yield imgs, labels.to(self.device, non_blocking=True), indices, readable
 
     def warn_unreadable(self, indices: Tensor) -> int:
         """Warn once of each unreadable image; returns how many there are."""

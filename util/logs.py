@@ -122,11 +122,7 @@ class Meter:
     """
 
     def __init__(
-        self,
-        log: RunLog | None,
-        state: TrainingState,
-        loader: ImageLoader,
-        log_every: int,
+        self, log: RunLog | None, state: TrainingState, loader: ImageLoader, log_every: int
     ) -> None:
         self.log = log
         self.totals = state.totals

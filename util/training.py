@@ -1,33 +1,21 @@
 """A training's state: saved as a whole after any update, restored under the same settings."""
 
-import contextlib
-import errno
-import fcntl
-import os
 import signal
-import socket
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import timm
 import torch
 import torchvision
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 import util
 from util import distributed
-from util.checkpoint import (
-    BEST,
-    LAST,
-    checkpoints_in,
-    find_checkpoint,
-    progress,
-    save_checkpoint,
-)
+from util.checkpoint import BEST, LAST, checkpoints_in, find_checkpoint, progress, save_checkpoint
 from util.errors import UserError, warn
 from util.stopping import StopSignals
 
@@ -61,48 +49,6 @@ class TrainingState:
     def begin_next_epoch(self) -> None:
         """Move on to the first step of the next epoch."""
         self.epoch, self.step, self.totals = self.epoch + 1, 0, {}
-
-
-@contextlib.contextmanager
-def lock(output_dir: str, process: distributed.Process) -> Iterator[None]:
-    """Keep other runs out of output_dir within this context; the lock dies with the process.
-
-    Raises:
-        UserError: in all processes, if another run holds it.
-    """
-    with contextlib.ExitStack() as stack:
-        problem = None
-        if process.is_main:
-            try:
-                _lock_file(stack.enter_context(open(Path(output_dir) / ".lock", "a+")))
-            except UserError as error:
-                problem = f"{error} is using {output_dir}: stop it, or choose another --output_dir"
-            except OSError as error:
-                warn(
-                    f"{output_dir} can't be locked ({error.strerror}): make sure that no other "
-                    "run uses it"
-                )
-        problem = distributed.gather(problem)[0]
-        if problem:
-            raise UserError(problem)
-        yield
-
-
-def _lock_file(file: TextIO) -> None:
-    """Lock a file and write this process into it; a UserError that names who has locked it.
-
-    Locks of this kind belong to a process: a worker that outlives it doesn't hold them.
-    """
-    try:
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        if error.errno not in (errno.EACCES, errno.EAGAIN):
-            raise
-        file.seek(0)
-        raise UserError(f"another run ({file.read().strip()})") from error
-    file.truncate(0)
-    file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
-    file.flush()
 
 
 class Checkpoints:
@@ -304,7 +250,8 @@ class Checkpoints:
             "training": self.settings,
         }
         for part in ("model", "optimizer"):
-            if not all(tensor.isfinite().all() for tensor in _tensors(contents[part])):
+            tensors = [leaf for leaf in tree_leaves(contents[part]) if isinstance(leaf, Tensor)]
+            if not all(tensor.isfinite().all() for tensor in tensors):
                 raise UserError(
                     f"the {part} holds values that are not finite after step {state.step} of epoch "
                     f"{state.epoch}, no checkpoint is written: start anew in another --output_dir "
@@ -314,7 +261,8 @@ class Checkpoints:
         succeeded = True
         if self.process.is_main:
             try:
-                save_checkpoint(self.output_dir / name, _on_cpu(contents))
+                on_cpu = tree_map_only(Tensor, Tensor.cpu, contents)
+                save_checkpoint(self.output_dir / name, on_cpu)
             except OSError as error:
                 warn(f"{error}; the previous checkpoint, if any, is intact")
                 succeeded = False
@@ -332,21 +280,3 @@ class Checkpoints:
                 flush=True,
             )
         raise SystemExit(128 + received)
-
-
-def _tensors(value: Any) -> Iterator[Tensor]:
-    """All tensors in nested dicts and lists."""
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, (dict, list)):
-        for item in value.values() if isinstance(value, dict) else value:
-            yield from _tensors(item)
-
-
-def _on_cpu(value: Any) -> Any:
-    """The same value with all tensors in nested dicts and lists on the CPU."""
-    if isinstance(value, Tensor):
-        return value.cpu()
-    if isinstance(value, dict):
-        return {key: _on_cpu(item) for key, item in value.items()}
-    return [_on_cpu(item) for item in value] if isinstance(value, list) else value

@@ -63,16 +63,13 @@ def draw_grid(columns: list[Tensor], *, min_side: int = 112) -> Image.Image:
         columns: the four that `reconstruct` returns.
         min_side: small images are enlarged by a whole factor until their shorter side has at
             least this many pixels.
-
     """
     height, width = columns[0].shape[-2:]
     factor = max(1, -(-min_side // min(height, width)))
     height, width = height * factor, width * factor
     rows = len(columns[0])
     canvas = Image.new(
-        "RGB",
-        (len(columns) * (width + _GAP) + _GAP, _HEADER + rows * (height + _GAP)),
-        "white",
+        "RGB", (len(columns) * (width + _GAP) + _GAP, _HEADER + rows * (height + _GAP)), "white"
     )
     draw = ImageDraw.Draw(canvas)
     font = ImageFont.load_default()
