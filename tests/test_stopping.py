@@ -93,9 +93,8 @@ def test_no_process_leaves_before_the_save_is_whole(pretrain_flags):
     os.kill(rank_1, signal.SIGTERM)
     out, err = process.communicate(timeout=60)
     assert "SIGTERM: stopped after step" in out, err
-    left, saved = (
-        float((pretrain_flags["output_dir"] / name).read_text()) for name in ("left", "saved")
-    )
-    assert left > saved
+    left, saved = (pretrain_flags["output_dir"] / name for name in ("left", "saved"))
+    # It notes nothing if torchrun, once rank 0 has gone, ends it first.
+    assert not left.exists() or float(left.read_text()) > float(saved.read_text())
     step = int(out.split("stopped after step ")[1].split()[0])
     assert load_checkpoint(pretrain_flags["output_dir"] / "checkpoint-last.pth")["step"] == step
