@@ -46,7 +46,10 @@ def get_args_parser():
     parser = cli.ArgumentParser(description=__doc__)
     model = flags.add_classifier_flags(parser)
     flags.MayChange(model).add_argument(
-        "--finetune", metavar="CKPT", help="start from this encoder; if not given, from scratch"
+        "--finetune",
+        type=cli.path,
+        metavar="CKPT",
+        help="the encoder to start from",
     )
     model.add_argument(
         "--drop_path", type=cli.number(0, 1, below=True), default=0.1, help="rate of drop path"
@@ -60,8 +63,7 @@ def get_args_parser():
         help="learning rate of a block as a share of the next one's",
     )
     flags.add_augmentation_flags(parser)
-    runtime = flags.add_runtime_flags(parser)
-    flags.add_grad_checkpointing_flag(runtime)
+    flags.add_runtime_flags(parser, grad_checkpointing=True)
     flags.add_eval_flags(parser)
     parser.set_defaults(
         model="vit_large_patch16",
@@ -77,18 +79,18 @@ def get_args_parser():
 
 
 def main(args):
-    run(args, finetune, evaluate_checkpoint)
+    train_or_evaluate(args, finetune, evaluate_checkpoint)
 
 
-def run(args, train, evaluate_checkpoint):
-    """Train or evaluate with (args, process, amp_dtype)."""
+def train_or_evaluate(args, train, evaluate):
+    """Call one of them with (args, process, amp_dtype)."""
     with distributed.process_group(args.device) as process:
         if process.device.type == "cpu":
             speed.keep_freed_memory()
         amp_dtype = precision.resolve_amp(args.amp, process.device)
         cli.make_output_dirs(args.output_dir, args.log_dir, process)
         if args.eval:
-            evaluate_checkpoint(args, process, amp_dtype)
+            evaluate(args, process, amp_dtype)
         else:
             with locking.lock(args.output_dir, process):
                 train(args, process, amp_dtype)
@@ -113,13 +115,7 @@ def finetune(args, process, amp_dtype):
         nn.init.trunc_normal_(model.head.weight, std=2e-5)
         encoder = pretrained.start_from(model, args.finetune)
     model.to(process.device)
-    speed.prepare(
-        model,
-        process.device,
-        amp_dtype,
-        compile=args.compile,
-        grad_checkpointing=args.grad_checkpointing,
-    )
+    speed.prepare(model, process.device, amp_dtype, args.compile, args.grad_checkpointing)
 
     # ---- augmentation of batches, loss
     random_erasing = mixup = None
@@ -206,12 +202,7 @@ def train_classifier(
     # ---- schedule, resume
     effective_batch = args.batch_size * args.accum_iter * process.world_size
     schedule = make_schedule(
-        effective_batch,
-        lr=args.lr,
-        blr=args.blr,
-        min_lr=args.min_lr,
-        warmup_epochs=args.warmup_epochs,
-        epochs=args.epochs,
+        effective_batch, args.lr, args.blr, args.min_lr, args.warmup_epochs, args.epochs
     )
     scaler = precision.grad_scaler(process.device, amp_dtype)
     signals = stopping.StopSignals()
@@ -235,16 +226,13 @@ def train_classifier(
     )
     checkpoints.restore(state, args.resume)
     log = logs.RunLog(
-        args.output_dir,
-        args.log_dir or args.output_dir,
-        process,
-        epochs=args.epochs,
-        loss_tag="loss",
-        epoch=state.epoch,
-        share=state.step / len(train_loader),
+        args.output_dir, args.log_dir, process, state, train_loader, args.epochs, tag="loss"
     )
-    size = logs.describe_training(process, effective_batch, schedule["lr"], dtype)
-    log.line(f"{title}, on {len(train_paths)} images of {len(train_paths.classes)} classes; {size}")
+    log.line(
+        f"{title}, on {len(train_paths)} images of {len(train_paths.classes)} classes; "
+        f"effective batch {effective_batch}, lr {schedule['lr']:.2e}; "
+        f"{process.world_size} x {process.device}, computing in {dtype}"
+    )
 
     # ---- train
     parameters = sum(p.numel() for p in trained.parameters())

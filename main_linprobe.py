@@ -17,7 +17,13 @@ import torch
 from torch import nn
 
 import models_vit
-from main_finetune import evaluate_classifier, find_val_images, make_loaders, run, train_classifier
+from main_finetune import (
+    evaluate_classifier,
+    find_val_images,
+    make_loaders,
+    train_classifier,
+    train_or_evaluate,
+)
 from util import checkpoint, cli, data, flags, pretrained, speed
 from util.errors import UserError
 from util.lars import LARS
@@ -28,7 +34,7 @@ def get_args_parser():
     parser = cli.ArgumentParser(description=__doc__)
     model = flags.add_classifier_flags(parser)
     flags.MayChange(model).add_argument(
-        "--finetune", metavar="CKPT", required=True, help="the encoder to probe"
+        "--finetune", type=cli.path, metavar="CKPT", required=True, help="the encoder to probe"
     )
     flags.add_data_flags(parser)
     flags.add_optimization_flags(parser)
@@ -48,7 +54,7 @@ def get_args_parser():
 
 
 def main(args):
-    run(args, probe, evaluate_checkpoint)
+    train_or_evaluate(args, probe, evaluate_checkpoint)
 
 
 def probe(args, process, amp_dtype):
@@ -59,7 +65,7 @@ def probe(args, process, amp_dtype):
     # ---- model
     model, head, encoder = build_model(args)
     model.to(process.device)
-    speed.prepare(model, process.device, amp_dtype, compile=args.compile)
+    speed.prepare(model, process.device, amp_dtype, args.compile)
 
     # ---- train
     parameters = sum(p.numel() for p in head.parameters())

@@ -51,8 +51,7 @@ def get_args_parser():
     )
     flags.add_data_flags(parser)
     flags.add_optimization_flags(parser)
-    runtime = flags.add_runtime_flags(parser)
-    flags.add_grad_checkpointing_flag(runtime)
+    flags.add_runtime_flags(parser, grad_checkpointing=True)
     parser.set_defaults(
         model="mae_vit_large_patch16",
         batch_size=64,
@@ -80,12 +79,7 @@ def pretrain(args, process, amp_dtype):
     dtype = precision.dtype_name(amp_dtype)
     effective_batch = args.batch_size * args.accum_iter * process.world_size
     schedule = make_schedule(
-        effective_batch,
-        lr=args.lr,
-        blr=args.blr,
-        min_lr=args.min_lr,
-        warmup_epochs=args.warmup_epochs,
-        epochs=args.epochs,
+        effective_batch, args.lr, args.blr, args.min_lr, args.warmup_epochs, args.epochs
     )
 
     # ---- data
@@ -97,12 +91,9 @@ def pretrain(args, process, amp_dtype):
         num_workers=args.num_workers,
         pin_mem=args.pin_mem,
     )
+    transform = data.pretrain_transform(args.input_size)
     train_loader = loading.train_loader(
-        train_paths,
-        data.pretrain_transform(args.input_size),
-        process,
-        accum_iter=args.accum_iter,
-        **batching,
+        train_paths, transform, process, accum_iter=args.accum_iter, **batching
     )
     val_loader = loading.eval_loader(val_paths or train_paths, args.input_size, process, **batching)
 
@@ -113,13 +104,7 @@ def pretrain(args, process, amp_dtype):
     )
     model.check_mask_ratio(args.mask_ratio)
     model.to(process.device)
-    speed.prepare(
-        model,
-        process.device,
-        amp_dtype,
-        compile=args.compile,
-        grad_checkpointing=args.grad_checkpointing,
-    )
+    speed.prepare(model, process.device, amp_dtype, args.compile, args.grad_checkpointing)
     parallel_model = distributed.data_parallel(model, process)
 
     # ---- optimizer
@@ -148,18 +133,13 @@ def pretrain(args, process, amp_dtype):
     )
     checkpoints.restore(state, args.resume)
     log = logs.RunLog(
-        args.output_dir,
-        args.log_dir or args.output_dir,
-        process,
-        epochs=args.epochs,
-        loss_tag="train_loss",
-        epoch=state.epoch,
-        share=state.step / len(train_loader),
+        args.output_dir, args.log_dir, process, state, train_loader, args.epochs, tag="train_loss"
     )
     parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    size = logs.describe_training(process, effective_batch, schedule["lr"], dtype)
     log.line(
-        f"{args.model}, {parameters / 1e6:.1f} M parameters, on {len(train_paths)} images; {size}"
+        f"{args.model}, {parameters / 1e6:.1f} M parameters, on {len(train_paths)} images; "
+        f"effective batch {effective_batch}, lr {schedule['lr']:.2e}; "
+        f"{process.world_size} x {process.device}, computing in {dtype}"
     )
 
     # ---- train

@@ -24,11 +24,16 @@ from util.errors import UserError
 
 def get_args_parser():
     parser = cli.ArgumentParser(description=__doc__)
-    parser.add_argument("--checkpoint", required=True, metavar="FILE", help="a pre-trained model")
+    parser.add_argument(
+        "--checkpoint", type=cli.path, required=True, metavar="FILE", help="a pre-trained model"
+    )
     images = parser.add_mutually_exclusive_group(required=True)
     images.add_argument("--images", nargs="+", metavar="FILE", help="image files to show")
     images.add_argument(
-        "--data_path", metavar="DIR", help="choose images from DIR/val, DIR/train or DIR"
+        "--data_path",
+        type=cli.path,
+        metavar="DIR",
+        help="choose images from DIR/val, DIR/train or DIR",
     )
     parser.add_argument(
         "--num_images", type=cli.integer(1), default=8, help="images to choose from --data_path"
@@ -44,7 +49,7 @@ def get_args_parser():
     )
     flags.add_device_flag(parser)
     unsaid = parser.add_argument_group(
-        "For checkpoints that hold only weights", "our checkpoints store all of this"
+        "For checkpoints that hold only weights", "this project's checkpoints store all of this"
     )
     unsaid.add_argument("--model", metavar="NAME", help="name of the model")
     flags.add_input_size_flag(unsaid, default=None)

@@ -260,7 +260,7 @@ def test_help_prints_every_default_of_fine_tuning_and_probe(capsys):
         ),
         ({"batch_size": 19}, "18 training images, fewer than one global batch of 19"),
         ({"finetune": "missing.pth"}, "checkpoint missing.pth does not exist"),
-        ({"eval": True, "finetune": ""}, "--eval needs a classifier's checkpoint"),
+        ({"finetune": ""}, "argument --finetune: is empty: give a path"),
     ],
     ids=lambda value: str(value) if isinstance(value, dict) else "",
 )
@@ -352,6 +352,7 @@ def test_wrong_checkpoints(
     assert "by --resume or by --finetune" in finetune_error(flags)
     del flags["finetune"]
     for changed, message in (
+        ({"resume": "auto"}, "--eval needs a classifier's checkpoint"),
         ({"resume": encoder}, "has no classifier's head: it holds a pre-trained encoder"),
         ({"nb_classes": 3}, "trained with nb_classes 2, not 3"),
         ({"cls_token": True}, "trained with global_pool True, not False"),
@@ -379,6 +380,16 @@ def test_wrong_checkpoints(
     assert "encoder (" in finetune_error(
         classify_flags | {"epochs": 1, "warmup_epochs": 0.5, "finetune": other}
     )
+
+
+def test_ctrl_c_before_the_training_is_no_traceback(monkeypatch):
+    def interrupted(_args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("sys.argv", ["a command"])
+    with pytest.raises(SystemExit) as caught:
+        cli.run(interrupted, cli.ArgumentParser())
+    assert caught.value.code == 130
 
 
 def test_scripts_exit_with_the_error(tmp_path):

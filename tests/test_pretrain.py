@@ -1,8 +1,10 @@
 """Pre-training as its users run it: outputs, accumulation, resuming after any death."""
 
+import errno
 import functools
 import json
 import signal
+import sys
 import time
 
 import numpy as np
@@ -20,6 +22,7 @@ from helpers import (
 )
 from PIL import Image
 
+import main_finetune
 import models_mae
 from engine_pretrain import evaluate
 from util import data, image_files, loading, training
@@ -276,7 +279,8 @@ def test_resume_none_starts_anew_and_a_path_is_taken(pretrain_flags, pretrain, c
     pretrain(pretrain_flags | {"resume": "none"})
     captured = capsys.readouterr()
     assert "resuming" not in captured.out
-    assert f"{out_dir}/checkpoint-1.pth is now called checkpoint-1.pth.old" in captured.err
+    assert f"what {out_dir}/checkpoint-1.pth was is kept as checkpoint-1.pth.old" in captured.err
+    assert f"what {out_dir}/log.txt was is kept as log.txt.old" in captured.err
     assert_same_bits(final_state(out_dir), expected)
 
     elsewhere = out_dir.parent / "elsewhere"
@@ -285,6 +289,63 @@ def test_resume_none_starts_anew_and_a_path_is_taken(pretrain_flags, pretrain, c
     model, optimizer, losses = final_state(elsewhere)
     assert_same_bits((model, optimizer, expected[2]), expected)
     assert losses == expected[2][1:]
+
+
+def test_a_full_disk_costs_a_line_of_the_log_and_not_the_run(
+    pretrain_flags, pretrain, monkeypatch, capsys
+):
+    original = open
+
+    def full(path, mode="r", *args, **kwargs):
+        if mode == "a":
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return original(path, mode, *args, **kwargs)
+
+    monkeypatch.setattr("builtins.open", full)
+    pretrain(pretrain_flags)
+    captured = capsys.readouterr()
+    assert "log.txt lacks epoch 1: No space left on device" in captured.err
+    assert "done: 2 epochs" in captured.out
+
+
+def test_files_set_aside_never_replace_each_other(pretrain_flags, pretrain):
+    """The resumed file, from another run, may be one of them."""
+    out_dir, flags = pretrain_flags["output_dir"], pretrain_flags | {"epochs": 1}
+    for seed in (0, 1, 2):
+        pretrain(flags | {"seed": seed, "resume": "none"})
+    kept = ["checkpoint-last.pth.old", "checkpoint-last.pth.old1", "checkpoint-last.pth"]
+    assert [load_checkpoint(out_dir / name)["args"]["seed"] for name in kept] == [0, 1, 2]
+    pretrain(flags | {"seed": 0, "resume": out_dir / kept[0]})
+    assert [load_checkpoint(out_dir / name)["args"]["seed"] for name in kept] == [0, 1, 2]
+    assert len(list(out_dir.glob("log.txt.old*"))) == 3
+
+
+def test_a_new_start_keeps_files_of_others(pretrain_flags, pretrain, encoder):
+    out_dir = pretrain_flags["output_dir"]
+    out_dir.mkdir()
+    (out_dir / "checkpoint-last.pth").write_bytes(encoder.read_bytes())
+    pretrain(pretrain_flags | {"epochs": 1, "resume": "none"})
+    assert (out_dir / "checkpoint-last.pth.old").read_bytes() == encoder.read_bytes()
+
+
+def test_a_resume_from_elsewhere_writes_its_own_best(classify_flags, finetune, monkeypatch):
+    """Though the best epoch was before: the file of that one is elsewhere."""
+    accuracies = iter([80.0, 60.0])
+    evaluate = main_finetune.evaluate
+
+    def scripted(*args, **kwargs):
+        return evaluate(*args, **kwargs) | {"test_acc1": next(accuracies)}
+
+    monkeypatch.setattr(main_finetune, "evaluate", scripted)
+    out_dir, elsewhere = classify_flags["output_dir"], classify_flags["output_dir"] / "elsewhere"
+    monkeypatch.setattr(training.Checkpoints, "stop_if_asked", lambda *_: sys.exit())
+    with pytest.raises(SystemExit):
+        finetune(classify_flags | {"save_every": 1})
+    monkeypatch.undo()
+    monkeypatch.setattr(main_finetune, "evaluate", scripted)
+    flags = {"output_dir": elsewhere, "resume": out_dir / "checkpoint-0.pth"}
+    finetune(classify_flags | flags)
+    assert load_checkpoint(elsewhere / "checkpoint-best.pth")["best"] == 60
 
 
 @pytest.mark.parametrize("resume", ["none", "checkpoint-0.pth"])

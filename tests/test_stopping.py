@@ -81,6 +81,18 @@ def test_a_signal_during_an_evaluation_stops_after_it(
     assert events(out_dir)[0][curve] == events(undisturbed)[0][curve]
 
 
+def test_a_run_saves_though_its_reader_has_gone(pretrain_flags):
+    """Ctrl-C in a terminal ends `| tee`, too."""
+    flags = pretrain_flags | {"batch_size": 1, "epochs": 1000, "log_every": 1}
+    process = start_fresh(SCRIPT, flags)
+    assert any("step 3/18" in line for line in process.stdout)
+    process.stdout.close()
+    process.stderr.close()
+    process.send_signal(signal.SIGINT)
+    assert process.wait(60) == 130
+    assert load_checkpoint(pretrain_flags["output_dir"] / "checkpoint-last.pth")["step"] >= 3
+
+
 def test_no_process_leaves_before_the_save_is_whole(pretrain_flags):
     """A signal to rank 1 only: torchrun would kill rank 0 in the middle of a long save."""
     flags = pretrain_flags | {"batch_size": 1, "epochs": 1000, "log_every": 1}

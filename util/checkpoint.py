@@ -77,6 +77,8 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
         raise TornCheckpoint(f"{path} has values that are not tensors in its 'model'")
     if isinstance(contents.get("args"), argparse.Namespace):
         contents["args"] = vars(contents["args"])
+    if not isinstance(contents.get("args", {}), dict):
+        del contents["args"]  # of another project
     return contents
 
 
@@ -148,7 +150,7 @@ def find_checkpoint(
     if resume != "auto":
         return load_checkpoint(resume), resume
     candidates = checkpoints_in(output_dir)
-    for path in sorted(candidates, key=progress, reverse=True):
+    for path in sorted(candidates, key=sort_key, reverse=True):
         try:
             return load_checkpoint(path), path
         except TornCheckpoint as error:
@@ -164,11 +166,11 @@ def checkpoints_in(output_dir: str | Path) -> list[Path]:
     return sorted(path for path in Path(output_dir).iterdir() if names.fullmatch(path.name))
 
 
-def progress(path: Path) -> tuple[float, float, bool]:
-    """How far the training in a file has come: epoch, step, and last of all whether it is `LAST`.
+def sort_key(path: Path) -> tuple[float, float, bool]:
+    """Of a training's file its epoch, its step, and whether it is `LAST`; newer ones are greater.
 
-    While an epoch ends, its `LAST` is the one from which nothing is missing. Torn files come first,
-    so that they are reported; other projects' files come last.
+    At the end of an epoch several files have the same step; resuming `LAST` repeats what was not
+    finished. Torn files are the greatest, so that they are reported; other projects' the least.
     """
     try:
         try:
@@ -177,6 +179,7 @@ def progress(path: Path) -> tuple[float, float, bool]:
             contents = _read(str(path))
     except TornCheckpoint:
         return math.inf, 0, False
-    if not isinstance(contents, dict) or not {"epoch", "step"} <= contents.keys():
-        return -1, 0, False
-    return contents["epoch"], contents["step"], path.name == LAST
+    match contents:
+        case {"epoch": int(epoch), "step": int(step)}:
+            return epoch, step, path.name == LAST
+    return -1, 0, False

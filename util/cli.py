@@ -26,7 +26,10 @@ class ArgumentParser(argparse.ArgumentParser):
 
 
 class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Defaults behind every flag, the description as it is written."""
+    """Defaults behind every flag that is not required, the description as it is written."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        return action.help if action.required else super()._get_help_string(action)
 
 
 def run(main: Callable[[argparse.Namespace], None], parser: argparse.ArgumentParser) -> None:
@@ -37,6 +40,8 @@ def run(main: Callable[[argparse.Namespace], None], parser: argparse.ArgumentPar
         rank = os.environ.get("RANK", "0")
         print(f"error: {'' if rank == '0' else f'[rank {rank}] '}{error}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
 
 
 def make_output_dirs(output_dir: str, log_dir: str | None, process: Process) -> None:

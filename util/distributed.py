@@ -81,10 +81,11 @@ def process_group(device: str) -> Iterator[Process]:
         int(os.environ.get(name, default))
         for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0))
     )
-    process = Process(rank, world_size, select_device(device, local_rank))
+    selected = select_device(device, local_rank)
     if world_size == 1:
-        yield process
+        yield Process(0, 1, selected)
         return
+    process = Process(rank, world_size, selected)
     backend = "nccl" if process.device.type == "cuda" else "gloo"
     dist.init_process_group(backend)
     leaving_together = False

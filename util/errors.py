@@ -1,7 +1,9 @@
 """The user's faults: errors, which end a command, and warnings, which don't."""
 
+import contextlib
 import os
 import sys
+from typing import TextIO
 
 
 class UserError(ValueError):
@@ -10,5 +12,14 @@ class UserError(ValueError):
 
 def warn(message: str) -> None:
     """One line on stderr, from the main process only."""
-    if int(os.environ.get("RANK", 0)) == 0:
-        print(f"warning: {message}", file=sys.stderr, flush=True)
+    if os.environ.get("RANK", "0") == "0":
+        say(f"warning: {message}", sys.stderr)
+
+
+def say(text: str, stream: TextIO) -> None:
+    """Print a line. If nobody reads it any more, as after `| head`, the run goes on unread."""
+    try:
+        print(text, file=stream, flush=True)
+    except BrokenPipeError:
+        with contextlib.suppress(OSError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())

@@ -93,13 +93,13 @@ def add_eval_flags(parser: argparse.ArgumentParser) -> None:
         action=DistEval,
         nargs=0,
         default=False,
-        help="accepted, not needed: all processes share the evaluation, each image counts once",
+        help="accepted and ignored: all processes share the evaluation",
     )
 
 
 def add_device_flag(parser: argparse._ActionsContainer) -> None:
     MayChange(parser).add_argument(
-        "--device", default="auto", help="auto (CUDA if there is some), cuda or cpu"
+        "--device", default="auto", help="auto (CUDA if there is any), cpu, cuda or cuda:INDEX"
     )
 
 
@@ -119,7 +119,7 @@ def add_data_flags(parser: argparse.ArgumentParser) -> None:
     free.add_argument(
         "--pin_mem", action="store_true", default=True, help="page-locked batches, for CUDA"
     )
-    free.add_argument("--no_pin_mem", action="store_false", dest="pin_mem")
+    free.add_argument("--no_pin_mem", action="store_false", dest="pin_mem", help="pageable ones")
 
 
 def add_optimization_flags(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
@@ -131,7 +131,7 @@ def add_optimization_flags(parser: argparse.ArgumentParser) -> argparse._Argumen
         "--accum_iter",
         type=integer(1),
         default=1,
-        help="steps per update, whose gradients are averaged; the effective batch is "
+        help="steps per update; their gradients are averaged, and the effective batch is "
         "batch_size x accum_iter x processes",
     )
     group.add_argument(
@@ -143,9 +143,7 @@ def add_optimization_flags(parser: argparse.ArgumentParser) -> argparse._Argumen
         "--warmup_epochs", type=number(), help="epochs in which the learning rate rises from 0"
     )
     group.add_argument(
-        "--weight_decay",
-        type=number(),
-        help="weight decay of matrices; biases, 1-D tensors, class token and positions have none",
+        "--weight_decay", type=number(), help="weight decay; biases and 1-D tensors have none"
     )
     group.add_argument(
         "--clip_grad", type=number(above=True), help="clip the gradients to this norm"
@@ -206,7 +204,7 @@ def add_augmentation_flags(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def add_runtime_flags(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
+def add_runtime_flags(parser: argparse.ArgumentParser, grad_checkpointing: bool = False) -> None:
     """Outputs, device, precision, resuming."""
     group = parser.add_argument_group("Runtime")
     free = MayChange(group)
@@ -218,12 +216,13 @@ def add_runtime_flags(parser: argparse.ArgumentParser) -> argparse._ArgumentGrou
         help="folder of checkpoints and log.txt",
     )
     free.add_argument(
-        "--log_dir", metavar="DIR", help="folder of TensorBoard events, output_dir by default"
+        "--log_dir", type=path, metavar="DIR", help="TensorBoard's folder, output_dir by default"
     )
     add_device_flag(group)
     group.add_argument("--seed", type=integer(0), default=0, help="random seed")
     free.add_argument(
         "--resume",
+        type=path,
         default="auto",
         metavar="{auto,none,PATH}",
         help="auto continues from output_dir's newest whole checkpoint, PATH from this file, "
@@ -239,7 +238,7 @@ def add_runtime_flags(parser: argparse.ArgumentParser) -> argparse._ArgumentGrou
         "off is float32",
     )
     free.add_argument("--compile", action="store_true", help="compile the transformer blocks")
-    free.add_argument("--no_compile", action="store_false", dest="compile")
+    free.add_argument("--no_compile", action="store_false", dest="compile", help="run them eagerly")
     free.add_argument(
         "--save_every",
         type=integer(1),
@@ -255,12 +254,9 @@ def add_runtime_flags(parser: argparse.ArgumentParser) -> argparse._ArgumentGrou
     free.add_argument(
         "--log_every", type=integer(1), default=20, help="steps between console lines"
     )
-    return group
-
-
-def add_grad_checkpointing_flag(parser: argparse._ActionsContainer) -> None:
-    MayChange(parser).add_argument(
-        "--grad_checkpointing",
-        action="store_true",
-        help="recompute activations in the backward pass: less memory, slower",
-    )
+    if grad_checkpointing:
+        free.add_argument(
+            "--grad_checkpointing",
+            action="store_true",
+            help="recompute activations in the backward pass: less memory, slower",
+        )

@@ -138,7 +138,7 @@ def find_images(data_path: str, split: str) -> ImagePaths | None:
             return None
         folder = Path(data_path)
     paths = ImagePaths(folder)
-    _probe(paths, folder)
+    _check_readable(paths, folder)
     return paths
 
 
@@ -162,7 +162,7 @@ def find_labelled_images(
             raise UserError(f"{stray} is in no class: {folder} must hold a folder for each class")
         if found:
             check_classes(paths, found[0].classes, Path(data_path) / splits[0])
-        _probe(paths, folder)
+        _check_readable(paths, folder)
         found.append(paths)
     count = len(found[0].classes)
     if count > nb_classes:
@@ -187,8 +187,8 @@ def check_classes(paths: ImagePaths, classes: Iterable[str], source: object) -> 
         )
 
 
-def _probe(paths: ImagePaths, folder: Path) -> None:
-    """Refuse, with a UserError, images of which none of a sample is readable."""
+def _check_readable(paths: ImagePaths, folder: Path) -> None:
+    """Refuse, with a UserError, a folder if no image of a sample is readable."""
     probes = np.unique(np.linspace(0, len(paths) - 1, 32).astype(int))
     for index in probes.tolist():
         try:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from util.data import eval_transform, normalize
 from util.distributed import Process
-from util.errors import UserError
+from util.errors import UserError, say
 from util.image_files import ImagePaths, UnreadableImage, read_image
 from util.seeding import derive_seed, seed_generators
 
@@ -165,12 +165,12 @@ class ImageLoader:
             yield imgs, labels.to(self.device, non_blocking=True), indices, readable
 
     def warn_unreadable(self, indices: Tensor) -> int:
-        """Warn once of each unreadable image; returns how many there are."""
+        """Warn once about each unreadable image; returns how many there are."""
         for index in indices.tolist():
             path = self.dataset.paths[index]
             if path not in self._warned:
                 self._warned.add(path)
-                print(f"warning: {path} is unreadable and skipped", file=sys.stderr)
+                say(f"warning: {path} is unreadable and skipped", sys.stderr)
         return len(indices)
 
 

@@ -19,7 +19,7 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from util import distributed
-from util.errors import UserError
+from util.errors import UserError, say, warn
 from util.loading import MAX_UNREADABLE_SHARE, Batch, ImageLoader
 from util.training import TrainingState
 
@@ -29,36 +29,35 @@ class RunLog:
 
     Args:
         output_dir: folder of log.txt, one JSON line an epoch.
-        log_dir: folder of the TensorBoard events.
+        log_dir: folder of the TensorBoard events, if it is another one.
         process: this `distributed.Process`.
+        state: where the run starts; entries logged beyond this point are removed.
+        loader: gives an epoch's batches.
         epochs: length of the whole run.
-        loss_tag: TensorBoard's name for the training loss.
-        epoch, share: the epoch to resume, and the share of it that is done; entries logged beyond
-            this point are removed.
+        tag: TensorBoard's name for the training loss.
     """
 
     def __init__(
         self,
         output_dir: str | Path,
-        log_dir: str | Path,
+        log_dir: str | Path | None,
         process: distributed.Process,
-        *,
+        state: TrainingState,
+        loader: ImageLoader,
         epochs: int,
-        loss_tag: str,
-        epoch: int,
-        share: float,
+        tag: str,
     ) -> None:
         self.process = process
         self.epochs = epochs
-        self.loss_tag = loss_tag
+        self.tag = tag
         self.show_bar = process.is_main and sys.stdout.isatty() and sys.stderr.isatty()
         if process.is_main:
             self._log_file = Path(output_dir) / "log.txt"
-            self._remove_lines_from(epoch)
+            self._remove_lines_from(state.epoch)
             # TensorBoard drops what an earlier writer logged at this x and beyond it.
-            start = int(1000 * (epoch + share))
+            start = int(1000 * (state.epoch + state.step / len(loader)))
             purge_step = start + 1 if start else 0
-            self._tensorboard = SummaryWriter(log_dir, purge_step=purge_step)
+            self._tensorboard = SummaryWriter(log_dir or output_dir, purge_step=purge_step)
 
     def __enter__(self) -> "RunLog":
         return self
@@ -72,11 +71,11 @@ class RunLog:
         if not self._log_file.exists():
             return
         kept = []
-        for line in self._log_file.read_text().splitlines(keepends=True):
+        for line in self._log_file.read_text(errors="replace").splitlines(keepends=True):
             try:
                 if line.endswith("\n") and json.loads(line)["epoch"] < first_epoch:
                     kept.append(line)
-            except (ValueError, KeyError):
+            except (ValueError, KeyError, TypeError):
                 continue
         temporary = self._log_file.with_suffix(".tmp")
         temporary.write_text("".join(kept))
@@ -84,9 +83,10 @@ class RunLog:
 
     def line(self, text: str) -> None:
         """A line on the console, beside the progress bar if there is one."""
-        if self.process.is_main:
+        if self.show_bar:
             tqdm.write(text)
-            sys.stdout.flush()
+        elif self.process.is_main:
+            say(text, sys.stdout)
 
     def scalars(self, x: float, values: dict[str, float]) -> None:
         """TensorBoard scalars by tag; x is 1000 x epoch, so that runs of any batch size compare."""
@@ -105,9 +105,12 @@ class RunLog:
         losses = [f"{name} {value:.4f}" for name, value in record.items() if "loss" in name]
         self.line(f"epoch {record['epoch']}/{self.epochs}  done  {'  '.join(losses)}")
         if self.process.is_main:
-            self._tensorboard.flush()
-            with open(self._log_file, "a") as file:
-                file.write(json.dumps(record) + "\n")
+            try:
+                self._tensorboard.flush()
+                with open(self._log_file, "a") as file:
+                    file.write(json.dumps(record) + "\n")
+            except OSError as error:
+                warn(f"{self._log_file} lacks epoch {record['epoch']}: {error.strerror}")
 
 
 class Meter:
@@ -207,7 +210,7 @@ class Meter:
                     raise UserError(
                         f"the loss is {loss} at epoch {self.epoch}, step {first_step + offset}, "
                         f"rank {rank}: start anew in another --output_dir with a lower learning "
-                        "rate, a longer warm-up, --clip_grad 1 or --amp off"
+                        "rate, a longer warm-up, --clip_grad 1 or, in fp16 or bf16, --amp off"
                     )
 
     def _check_readable(self) -> None:
@@ -221,7 +224,7 @@ class Meter:
 
     def _show(self, log: RunLog, loss: float, images_per_s: float, waited_share: float) -> None:
         progress = self.epoch + (self._step + 1) / self.steps
-        log.scalars(1000 * progress, {log.loss_tag: loss, "lr": self.totals["lr"]})
+        log.scalars(1000 * progress, {log.tag: loss, "lr": self.totals["lr"]})
         status = (
             f"loss {loss:.4f}  lr {self.totals['lr']:.2e}  {images_per_s:.1f} images/s  "
             f"data wait {waited_share:.0%}  peak memory {peak_memory_gib():.2f} GiB"
@@ -250,16 +253,6 @@ class Meter:
         }
 
 
-def describe_training(
-    process: distributed.Process, effective_batch: int, lr: float, dtype: str
-) -> str:
-    """The part of a run's first line about its batch, learning rate, devices and type."""
-    return (
-        f"effective batch {effective_batch}, lr {lr:.2e}; {process.world_size} x {process.device}, "
-        f"computing in {dtype}"
-    )
-
-
 def accuracy_line(figures: dict[str, float]) -> str:
     """The figures of `engine_finetune.evaluate` in the usual form."""
     return "* Acc@1 {test_acc1:.3f} Acc@5 {test_acc5:.3f} loss {test_loss:.3f}".format(**figures)
@@ -274,7 +267,7 @@ def report_evaluation(
         UserError: the file can't be written.
     """
     if process.is_main:
-        print(accuracy_line(figures), flush=True)
+        say(accuracy_line(figures), sys.stdout)
         rounded = {name: round(value, 3) for name, value in figures.items()}
         try:
             (Path(output_dir) / "eval.json").write_text(json.dumps(about | rounded) + "\n")

@@ -9,7 +9,6 @@ from util.errors import warn
 
 def make_schedule(
     effective_batch: int,
-    *,
     lr: float | None,
     blr: float,
     min_lr: float,

@@ -77,8 +77,8 @@ def interpolate_pos_embed(
 def guess_grid(table: Tensor, likely: tuple[int, int]) -> tuple[int, int]:
     """The probable (height, width) of the grid of a position table [L, D].
 
-    A sine-cosine table shows its shape, even if it was trained further. Any other table is taken
-    for one of the `likely` shape if that has L positions, or else for a square.
+    A sine-cosine table shows its shape, even if it was trained further. Any other table is assumed
+    to have the `likely` shape if that has L positions, else to be square.
 
     Raises:
         ValueError: it is neither.

@@ -17,7 +17,6 @@ def prepare(
     model: nn.Module,
     device: torch.device,
     dtype: torch.dtype | None,
-    *,
     compile: bool = False,
     grad_checkpointing: bool = False,
 ) -> None:
@@ -38,7 +37,7 @@ def prepare(
         if hasattr(module, "fused_attn") and device.type == "cpu" and dtype is torch.bfloat16:
             module.fused_attn = False
     if compile:
-        # DDP's buckets would cut the blocks' graphs, which are small enough to overlap as they are.
+        # Else the blocks' graphs are cut where DDP's buckets of gradients end.
         torch._dynamo.config.optimize_ddp = False
     for block in [module for module in model.modules() if isinstance(module, Block)]:
         if compile:
@@ -73,8 +72,8 @@ class TensorDropPath(nn.Module):
 def keep_freed_memory() -> None:
     """Have glibc keep freed memory for the next tensors; does nothing without glibc.
 
-    It returns large blocks to the system by default, which zeroes and maps each page of them anew
-    at the next allocation: at each operation on activations, in every step.
+    By default it returns large blocks to the system. Each later allocation then maps and zeroes
+    their pages again, in every operation of every step.
     """
     if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
         libc.mallopt(M_MMAP_MAX, 0)

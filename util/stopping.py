@@ -1,5 +1,6 @@
 """Stopping a run: a first signal is acknowledged, then saves and stops; a second one kills."""
 
+import contextlib
 import os
 import signal
 import time
@@ -45,4 +46,5 @@ class StopSignals:
     def _say(self, text: str) -> None:
         # Not by print: the code that the signal interrupts may hold the stream's buffer.
         if os.environ.get("RANK", "0") == "0":
-            os.write(2, f"{text}\n".encode())
+            with contextlib.suppress(OSError):  # Ctrl-C may have ended the reader, too
+                os.write(2, f"{text}\n".encode())

@@ -1,6 +1,10 @@
 """A training's state: saved as a whole after any update, restored under the same settings."""
 
+import itertools
+import math
+import shutil
 import signal
+import sys
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,8 +19,8 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 import util
 from util import distributed
-from util.checkpoint import BEST, LAST, checkpoints_in, find_checkpoint, progress, save_checkpoint
-from util.errors import UserError, warn
+from util.checkpoint import BEST, LAST, checkpoints_in, find_checkpoint, save_checkpoint, sort_key
+from util.errors import UserError, say, warn
 from util.stopping import StopSignals
 
 if TYPE_CHECKING:
@@ -110,30 +114,42 @@ class Checkpoints:
             )
         if found is not None:
             self._check_same_training(*found)
-        self._set_newer_files_aside(resume)
+        self._resume = resume
+        if resume != "auto" and self.process.is_main:
+            start = (found[0]["epoch"], found[0]["step"]) if found else (-math.inf, 0)
+            self._set_newer_files_aside(resume, start)
+        has_best = distributed.gather((self.output_dir / BEST).exists())[0]
         if found is None:
             return
         contents, path = found
         for name in ("model", "optimizer", "scaler"):
             if contents[name]:  # a disabled scaler's is empty
                 getattr(state, name).load_state_dict(contents[name])
-        state.epoch, state.step, state.best = contents["epoch"], contents["step"], contents["best"]
+        state.epoch, state.step = contents["epoch"], contents["step"]
+        state.best = contents["best"] if has_best else None
         if self.process.is_main:
-            print(f"resuming {path} after step {state.step} of epoch {state.epoch}", flush=True)
+            text = f"resuming {path} after step {state.step} of epoch {state.epoch}"
+            say(text, sys.stdout)
         if contents["totals"] is None:
             state.begin_next_epoch()
         else:
             state.totals = contents["totals"]
 
-    def _set_newer_files_aside(self, resume: str) -> None:
-        """Rename what `--resume auto` would take for newer than a new or a given start."""
-        if resume == "auto" or not self.process.is_main:
-            return
-        start = (-1.0, 0.0) if resume == "none" else progress(Path(resume))[:2]
-        for path in checkpoints_in(self.output_dir):
-            if progress(path)[:2] > start:
-                path.rename(path.with_name(f"{path.name}.old"))
-                warn(f"--resume {resume}: {path} is now called {path.name}.old")
+    def _set_newer_files_aside(self, resume: str, start: tuple[float, float]) -> None:
+        """Rename checkpoints newer than this run's start, so that a later auto doesn't take them.
+
+        The log of epochs that will be replaced is kept in the same way.
+        """
+        newer = [p for p in checkpoints_in(self.output_dir) if sort_key(p)[:2] > start]
+        log = self.output_dir / "log.txt"
+        for path in [*newer, *([log] if log.is_file() and log.stat().st_size else [])]:
+            numbered = (path.with_name(f"{path.name}.old{n or ''}") for n in itertools.count())
+            old = next(name for name in numbered if not name.exists())
+            if path == log:
+                shutil.copyfile(log, old)
+            else:
+                path.rename(old)
+            warn(f"--resume {resume}: what {path} was is kept as {old.name}")
 
     def _check_same_training(self, contents: dict[str, Any], path: str | Path) -> None:
         command = self.contents["command"]
@@ -210,7 +226,7 @@ class Checkpoints:
         self._save(LAST, state, epoch_is_done=True)
 
     def stop_if_asked(self, state: TrainingState) -> None:
-        """After an epoch is saved, but the last one: a SystemExit if a process got a signal."""
+        """After a saved epoch, unless it is the last: a SystemExit if a process got a signal."""
         received = max(distributed.gather(self.signals.received))
         if received and state.epoch + 1 < self.epochs:
             self._agree.settle()
@@ -266,17 +282,16 @@ class Checkpoints:
             except OSError as error:
                 warn(f"{error}; the previous checkpoint, if any, is intact")
                 succeeded = False
-        # torchrun kills the processes that are left when the first one has gone.
+        # When one process exits, torchrun kills the rest.
         self.last_save_succeeded = all(distributed.gather(succeeded))
 
     def _stop(self, state: TrainingState, received: int) -> None:
-        outcome = f"the same command continues from {self.output_dir / LAST}"
+        command = "the same command" + " with --resume auto" * (self._resume != "auto")
+        outcome = f"{command} continues from {self.output_dir / LAST}"
         if not self.last_save_succeeded:
             outcome = "this state could not be saved"
         if self.process.is_main:
-            print(
-                f"{signal.Signals(received).name}: stopped after step {state.step} of epoch "
-                f"{state.epoch}; {outcome}",
-                flush=True,
-            )
+            name = signal.Signals(received).name
+            place = f"step {state.step} of epoch {state.epoch}"
+            say(f"{name}: stopped after {place}; {outcome}", sys.stdout)
         raise SystemExit(128 + received)
