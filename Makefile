@@ -1,4 +1,4 @@
-.PHONY: help demo test lint bench
+.PHONY: help demo test lint bench gpu
 .DEFAULT_GOAL := help
 
 PYTHON ?= python3
@@ -22,14 +22,18 @@ SMALL := --batch_size 128 --pairs 7 --turn 2 --sides ours:auto \
 	ours:auto:compile ours:off transformers:off transformers:bf16
 
 # One after the other: two at once would slow each other.
-bench: $(READY)  ## measure speed, and write benchmarks/RESULTS.md
+bench: $(READY)  ## measure speed, count memory, and write their pages
 	.venv/bin/python -m benchmarks.train_step
 	.venv/bin/python -m benchmarks.train_step --model mae_vit_tiny_patch4 --input_size 32 $(SMALL)
 	.venv/bin/python -m benchmarks.train_step --model mae_vit_nano_patch4 --input_size 28 $(SMALL)
 	.venv/bin/python -m benchmarks.train_step --task finetune --model vit_base_patch16 --batch_size 16
 	.venv/bin/python -m benchmarks.data_loading
 	.venv/bin/python -m benchmarks.whole_run
+	.venv/bin/python -m benchmarks.memory
 	.venv/bin/python -m benchmarks.table
+
+gpu: $(READY)  ## test and measure on a GPU, in less than 9 minutes
+	.venv/bin/python -m benchmarks.gpu
 
 # Made anew when the requirements change; python -m venv --clear also mends a half-made one.
 $(READY): requirements.txt requirements-dev.txt

@@ -106,18 +106,19 @@ def evaluate(
     """
     model.eval()
     num_patches = model.patch_embed.num_patches
-    losses, counts = [], []
+    count, total = 0, torch.zeros((), dtype=torch.float64, device=loader.device)
     for imgs, _, indices, readable in loader.eval_batches():
-        loader.warn_unreadable(indices[~readable])
-        if not readable.any():
+        if not readable.all():  # only then: to pick some images is to wait for a GPU
+            loader.warn_unreadable(indices[~readable])
+            imgs, indices = imgs[readable], indices[readable]
+        if not len(imgs):
             continue
         noise = torch.stack(
             [uniform_noise(num_patches, seed, "held-out mask", i) for i in indices.tolist()]
         )
         with autocast(imgs.device, amp_dtype):
-            loss, _, _ = model(imgs[readable], mask_ratio, noise[readable].to(imgs.device))
-        losses.append(loss)
-        counts.append(readable.sum().item())
-    own = sum(c * loss.item() for c, loss in zip(counts, losses, strict=True)), sum(counts)
-    total, count = (sum(values) for values in zip(*distributed.gather(own), strict=True))
-    return {"val_loss": total / count} if count else {}
+            loss, _, _ = model(imgs, mask_ratio, noise.to(imgs.device, non_blocking=True))
+        total += len(imgs) * loss.double()
+        count += len(imgs)
+    totals, counts = zip(*distributed.gather((total.item(), count)), strict=True)
+    return {"val_loss": sum(totals) / sum(counts)} if any(counts) else {}

@@ -30,6 +30,7 @@ from util import (
     loading,
     locking,
     logs,
+    memory,
     optim,
     precision,
     pretrained,
@@ -84,16 +85,18 @@ def main(args):
 
 def train_or_evaluate(args, train, evaluate):
     """Call one of them with (args, process, amp_dtype)."""
-    with distributed.process_group(args.device) as process:
+    with distributed.process_group(args.device, args.timeout_minutes) as process:
         if process.device.type == "cpu":
             speed.keep_freed_memory()
         amp_dtype = precision.resolve_amp(args.amp, process.device)
         cli.make_output_dirs(args.output_dir, args.log_dir, process)
-        if args.eval:
-            evaluate(args, process, amp_dtype)
-        else:
-            with locking.lock(args.output_dir, process):
-                train(args, process, amp_dtype)
+        trained = args.model if train is finetune and not args.eval else None
+        with memory.explain_running_out(args.batch_size, trained, args.input_size):
+            if args.eval:
+                evaluate(args, process, amp_dtype)
+            else:
+                with locking.lock(args.output_dir, process):
+                    train(args, process, amp_dtype)
 
 
 def finetune(args, process, amp_dtype):
@@ -139,6 +142,7 @@ def finetune(args, process, amp_dtype):
     # ---- optimizer
     groups = optim.layer_decay_groups(model, args.weight_decay, args.layer_decay)
     optimizer = optim.adamw(groups, betas=(0.9, 0.999))
+    scaler = precision.grad_scaler(process.device, amp_dtype)
 
     # ---- train
     parameters = sum(p.numel() for p in model.parameters())
@@ -150,6 +154,7 @@ def finetune(args, process, amp_dtype):
         loaders,
         model,
         optimizer,
+        scaler,
         criterion,
         command="main_finetune.py",
         parser=get_args_parser(),
@@ -177,6 +182,7 @@ def train_classifier(
     loaders,
     model,
     optimizer,
+    scaler,
     criterion,
     *,
     command,
@@ -204,7 +210,6 @@ def train_classifier(
     schedule = make_schedule(
         effective_batch, args.lr, args.blr, args.min_lr, args.warmup_epochs, args.epochs
     )
-    scaler = precision.grad_scaler(process.device, amp_dtype)
     signals = stopping.StopSignals()
     state = training.TrainingState(trained, optimizer, scaler)
     checkpoints = training.Checkpoints(
@@ -267,7 +272,7 @@ def train_classifier(
             log.scalars(state.epoch + 1, {f"perf/{name}": v for name, v in figures.items()})
             checkpoints.stop_if_asked(state)
             state.begin_next_epoch()
-    checkpoints.finish()
+        checkpoints.finish()
     log.line(f"done: {args.epochs} epochs, see {args.output_dir}")
 
 

@@ -24,7 +24,7 @@ from main_finetune import (
     train_classifier,
     train_or_evaluate,
 )
-from util import checkpoint, cli, data, flags, pretrained, speed
+from util import checkpoint, cli, data, flags, precision, pretrained, speed
 from util.errors import UserError
 from util.lars import LARS
 from util.seeding import derive_seed
@@ -76,6 +76,7 @@ def probe(args, process, amp_dtype):
         loaders,
         model,
         LARS(head.parameters(), lr=0.0, weight_decay=args.weight_decay),
+        precision.grad_scaler(process.device, None),  # the head computes in float32
         nn.CrossEntropyLoss(),
         command="main_linprobe.py",
         parser=get_args_parser(),

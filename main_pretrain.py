@@ -25,6 +25,7 @@ from util import (
     loading,
     locking,
     logs,
+    memory,
     optim,
     precision,
     speed,
@@ -65,12 +66,15 @@ def get_args_parser():
 
 
 def main(args):
-    with distributed.process_group(args.device) as process:
+    with distributed.process_group(args.device, args.timeout_minutes) as process:
         if process.device.type == "cpu":
             speed.keep_freed_memory()
         amp_dtype = precision.resolve_amp(args.amp, process.device)
         cli.make_output_dirs(args.output_dir, args.log_dir, process)
-        with locking.lock(args.output_dir, process):
+        with (
+            locking.lock(args.output_dir, process),
+            memory.explain_running_out(args.batch_size, args.model, args.input_size),
+        ):
             pretrain(args, process, amp_dtype)
 
 
@@ -184,7 +188,7 @@ def pretrain(args, process, amp_dtype):
                 log.picture(state.epoch + 1, "reconstruction", visualize.draw_grid(columns))
             checkpoints.stop_if_asked(state)
             state.begin_next_epoch()
-    checkpoints.finish()
+        checkpoints.finish()
     log.line(f"done: {args.epochs} epochs, see {args.output_dir}")
 
 

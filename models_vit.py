@@ -8,9 +8,10 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+import torch
 from timm.layers import to_2tuple
 from timm.models.vision_transformer import VisionTransformer
-from torch import nn
+from torch import Tensor, nn
 
 from models_mae import check_patches
 from util.errors import UserError
@@ -78,10 +79,19 @@ def add_probe_head(model: VisionTransformer) -> None:
     """Freeze a classifier and give it the linear probe's head (paper, appendix A.1).
 
     The head is a linear layer with small weights on features that a BatchNorm without affine
-    transformation brings to one scale. Only the head requires gradients.
+    transformation brings to one scale. Only the head requires gradients. It computes in float32.
     """
     model.requires_grad_(False)
     linear = nn.Linear(model.head.in_features, model.head.out_features)
     nn.init.trunc_normal_(linear.weight, std=0.01)
     nn.init.zeros_(linear.bias)
-    model.head = nn.Sequential(nn.BatchNorm1d(linear.in_features, affine=False, eps=1e-6), linear)
+    model.head = Float32(nn.BatchNorm1d(linear.in_features, affine=False, eps=1e-6), linear)
+
+
+class Float32(nn.Sequential):
+    """Layers that compute in float32 under autocast too, so that fp16 needs no gradient scaler."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Features [N, D] of any type to float32 logits [N, K]."""
+        with torch.autocast(x.device.type, enabled=False):
+            return super().forward(x.float())

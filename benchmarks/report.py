@@ -16,13 +16,17 @@ from util import cli
 from util.errors import UserError
 
 RESULTS = Path(__file__).parent / "results"
-PACKAGES = ("torch", "torchvision", "timm", "transformers", "pillow", "numpy")
+PACKAGES = ("torch", "torchvision", "timm", "transformers", "lightly", "pillow", "numpy")
 
 
 def commit():
     """The commit that is checked out; `+` marks uncommitted changes of tracked Python files."""
     git = ["git", "-C", str(RESULTS)]
-    name = subprocess.check_output([*git, "rev-parse", "--short", "HEAD"], text=True).strip()
+    head = [*git, "rev-parse", "--short", "HEAD"]
+    try:
+        name = subprocess.check_output(head, text=True, stderr=subprocess.DEVNULL).strip()
+    except (OSError, subprocess.CalledProcessError):  # a copy without its history, or no git
+        return "an unknown commit"
     changed = subprocess.run([*git, "diff", "--quiet", "HEAD", "--", ":/*.py"]).returncode
     return f"{name}+" if changed else name
 
@@ -37,6 +41,11 @@ def parser(description, pairs):
     made.add_argument("--device", default="auto", help="auto (CUDA if available), cuda or cpu")
     made.add_argument("--pairs", type=cli.integer(1), default=pairs, help="rounds of turns")
     return made
+
+
+def on(device):
+    """What the names of results measured on a GPU end in."""
+    return "_cuda" if device.type == "cuda" else ""
 
 
 def write(name, results, **settings):
@@ -59,15 +68,22 @@ def write(name, results, **settings):
     return report
 
 
-def take_turns(sides, rounds):
+def take_turns(sides, rounds, may_fail=False):
     """What each side, a function without arguments, returns in `rounds` rounds of turns.
 
-    A round before them warms up. Sides and what they measured are dicts with the same keys.
+    A round before them warms up. Sides and what they measured are dicts with the same keys. With
+    `may_fail` a side's UserError is printed, and leaves out this side only.
     """
     measured = {name: [] for name in sides}
     for _ in range(1 + rounds):
-        for name, side in sides.items():
-            measured[name].append(side())
+        for name in [*measured]:
+            try:
+                measured[name].append(sides[name]())
+            except UserError as error:
+                if not may_fail:
+                    raise
+                print(error, flush=True)
+                del measured[name]
     return {name: values[1:] for name, values in measured.items()}
 
 

@@ -20,6 +20,7 @@ import models_vit
 from util import optim, speed
 from util.data import normalize
 from util.distributed import Process
+from util.errors import UserError
 from util.loading import Batch
 from util.logs import Meter
 from util.precision import autocast, grad_scaler, resolve_amp
@@ -33,7 +34,10 @@ SCHEDULE = {"lr": 1e-4, "min_lr": 0.0, "warmup_epochs": 0, "epochs": 1}
 
 @dataclass(frozen=True)
 class Setting:
-    """What a side trains, and how: task, model's name, image size, batch, device and precision."""
+    """What a side trains, and how: task, model's name, image size, batch, device and precision.
+
+    `grad_checkpointing` is for this project's side only.
+    """
 
     task: str
     model: str
@@ -42,6 +46,7 @@ class Setting:
     device: torch.device
     amp: str
     compile: bool
+    grad_checkpointing: bool = False
 
     @property
     def dtype(self):
@@ -53,6 +58,13 @@ class Setting:
         return models_vit.build_model(
             self.model, img_size=self.input_size, num_classes=CLASSES, drop_path_rate=0.1
         )
+
+    def batch_augmentation(self):
+        """Random erasing and mixup as in the ImageNet recipe for fine-tuning."""
+        return {
+            "random_erasing": RandomErasing(0.25, mode="pixel", device=self.device),
+            "mixup": Mixup(mixup_alpha=0.8, cutmix_alpha=1.0, num_classes=CLASSES),
+        }
 
     def images(self):
         """uint8 images [N, 3, H, W] and their labels on the host, page-locked for a GPU."""
@@ -89,20 +101,20 @@ def ours(setting):
     if not setting.on_gpu:
         speed.keep_freed_memory()
     model = setting.build_model().to(setting.device)
-    speed.prepare(model, setting.device, setting.dtype, compile=setting.compile)
+    speed.prepare(
+        model,
+        setting.device,
+        setting.dtype,
+        compile=setting.compile,
+        grad_checkpointing=setting.grad_checkpointing,
+    )
     if setting.task == "pretrain":
         groups, betas = optim.weight_decay_groups(model, 0.05), (0.9, 0.95)
         engine, task = engine_pretrain, {"mask_ratio": MASK_RATIO}
     else:
         groups, betas = optim.layer_decay_groups(model, 0.05, 0.75), (0.9, 0.999)
-        engine, task = (
-            engine_finetune,
-            {
-                "criterion": nn.CrossEntropyLoss(),
-                "random_erasing": RandomErasing(0.25, mode="pixel", device=setting.device),
-                "mixup": Mixup(mixup_alpha=0.8, cutmix_alpha=1.0, num_classes=CLASSES),
-            },
-        )
+        engine, task = engine_finetune, setting.batch_augmentation()
+        task["criterion"] = nn.CrossEntropyLoss()
     optimizer = optim.adamw(groups, betas=betas)
     scaler = grad_scaler(setting.device, setting.dtype)
     checkpoints = Checkpoints(  # which never saves
@@ -139,11 +151,39 @@ def ours(setting):
     return train
 
 
+def plain(setting):
+    """This project's model in an unoptimised, eager loop.
+
+    Attention is an explicit softmax, AdamW is torch's default, and every step fetches the value of
+    the loss.
+    """
+    if setting.compile:
+        raise UserError("the plain loop is eager")
+    model = setting.build_model().to(setting.device)
+    for module in model.modules():
+        if hasattr(module, "fused_attn"):
+            module.fused_attn = False
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, weight_decay=0.05)
+    augmentation = setting.batch_augmentation()
+
+    def loss_of(images, labels):
+        if setting.task == "pretrain":
+            return model(images, MASK_RATIO)[0]
+        images, labels = augmentation["mixup"](augmentation["random_erasing"](images), labels)
+        return nn.functional.cross_entropy(model(images), labels)
+
+    return tutorial_loop(setting, loss_of, optimizer, fetch_loss=True)
+
+
 def transformers(setting):
-    """transformers' model of the same sizes with SDPA and fused AdamW, in a tutorial's loop."""
+    """transformers' model of the same sizes with SDPA and fused AdamW.
+
+    Compiled are its layers, one graph for each kind, as ours: the whole model takes minutes.
+    """
     import transformers as hf
 
-    ours = setting.build_model()
+    with torch.device("meta"):
+        ours = setting.build_model()
     width = ours.cls_token.shape[-1]
     sizes = {
         "hidden_size": width,
@@ -168,24 +208,79 @@ def transformers(setting):
         model = hf.ViTMAEForPreTraining(config)
     model.to(setting.device).train()
     if setting.compile:
-        model.compile()
+        for layers in [module for module in model.modules() if isinstance(module, nn.ModuleList)]:
+            for layer in layers:
+                layer.compile(dynamic=False)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, weight_decay=0.05, fused=True)
 
+    def loss_of(images, labels):
+        targets = {} if setting.task == "pretrain" else {"labels": labels}
+        return model(pixel_values=images, **targets).loss
+
+    return tutorial_loop(setting, loss_of, optimizer)
+
+
+def lightly(setting):
+    """lightly's masked autoencoder (from 1.6 on), in its documentation's parts; only pre-trains."""
+    if setting.task != "pretrain":
+        raise UserError("lightly's masked autoencoder only pre-trains")
+    from lightly.models import utils
+    from lightly.models.modules import (
+        MaskedVisionTransformerDecoderTIMM,
+        MaskedVisionTransformerTIMM,
+    )
+
+    with torch.device("meta"):
+        ours = setting.build_model()
+    vit = models_vit.build_model(
+        setting.model.removeprefix("mae_"), img_size=setting.input_size, num_classes=0
+    )
+    patch, tokens = vit.patch_embed.patch_size[0], 1 + vit.patch_embed.num_patches
+    width = ours.mask_token.shape[-1]
+    backbone = MaskedVisionTransformerTIMM(vit=vit)
+    embed, predict = nn.Linear(vit.embed_dim, width), nn.Linear(width, 3 * patch**2)
+    decoder = MaskedVisionTransformerDecoderTIMM(
+        num_patches=tokens - 1,
+        embed_dim=width,
+        depth=len(ours.decoder_blocks),
+        num_heads=ours.decoder_blocks[0].attn.num_heads,
+    )
+    model = nn.ModuleList([backbone, embed, decoder, predict]).to(setting.device)
+    speed.prepare(model, setting.device, setting.dtype, compile=setting.compile)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, weight_decay=0.05, fused=True)
+
+    def loss_of(images, _labels):
+        size = (len(images), tokens)
+        kept, removed = utils.random_token_mask(size, MASK_RATIO, device=images.device)
+        encoded = embed(backbone.encode(images=images, idx_keep=kept))
+        masked = utils.repeat_token(decoder.mask_token, size)
+        masked = utils.set_at_index(masked, kept, encoded.type_as(masked))
+        decoded = utils.get_at_index(decoder.decode(decoder.add_pos_embed(masked)), removed)
+        patches = utils.get_at_index(utils.patchify(images, patch), removed - 1)
+        target = utils.normalize_mean_var(patches)
+        return nn.functional.mse_loss(predict(decoded), target)
+
+    return tutorial_loop(setting, loss_of, optimizer)
+
+
+def tutorial_loop(setting, loss_of, optimizer, fetch_loss=False):
+    """The steps of a tutorial: float images to the device, loss, backward, update."""
     images, labels = setting.images()
     images = normalize(images)
     scaler = grad_scaler(setting.device, setting.dtype)
 
     def train(steps):
         for _ in range(steps):
-            optimizer.zero_grad()
-            targets = {} if setting.task == "pretrain" else {"labels": labels.to(setting.device)}
             with autocast(setting.device, setting.dtype):
-                loss = model(pixel_values=images.to(setting.device), **targets).loss
+                loss = loss_of(images.to(setting.device), labels.to(setting.device))
             scaler.scale(loss).backward()
             scaler.step(optimizer)
             scaler.update()
+            optimizer.zero_grad()  # here, so that no side holds gradients after its turn
+            if fetch_loss:
+                loss.item()
 
     return train
 
 
-SIDES = {"ours": ours, "transformers": transformers}
+SIDES = {side.__name__: side for side in (ours, plain, transformers, lightly)}

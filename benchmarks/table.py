@@ -1,4 +1,4 @@
-"""Write benchmarks/RESULTS.md, the tables that the files in benchmarks/results make.
+"""Write benchmarks/RESULTS.md and docs/memory.md: tables that benchmarks/results make.
 
 python -m benchmarks.table
 """
@@ -8,22 +8,68 @@ import json
 from benchmarks.report import RESULTS
 
 PAGE = RESULTS.parent / "RESULTS.md"
+MEMORY_PAGE = RESULTS.parent.parent / "docs" / "memory.md"
 INTRODUCTION = """# Measured speed
 
 The sides of a comparison take turns on an otherwise idle machine. A first round warms up. Figures
 are medians over the rounds after it, with the lowest and the highest in brackets; "times" compares
 turns of the same round. *MFU* is the share of the machine's peak that the method's operations need;
-the peak is measured by products of large square matrices. *transformers* has SDPA and fused AdamW.
-*Time lost*, compared with bare steps on synthetic images, includes a checkpoint every 5 minutes. No
-GPU results yet.
+the peak is measured by products of large square matrices. *The plain loop* trains this project's
+model eagerly, with an explicit softmax, unfused AdamW, float images and a wait for the device in
+each step; *transformers* and *lightly* have SDPA and fused AdamW. *Compiled* are the transformer
+blocks, everywhere. *Time lost*, compared with bare steps on synthetic images, includes a checkpoint
+every 5 minutes.{no_gpu}
 
 The tables at commit 55aa76d, on Zen 5, were measured with code that is gone: float32 linear layers
-were convolutions there, and the model had a shorter path for training, worth about 1%. *The plain
-loop* in them trains this project's model eagerly, with an explicit softmax, unfused AdamW, float
-images and a host sync in each step.
+were convolutions there, and the model had a shorter path for training, worth about 1%.
 
 Below each table are its command, commit (`+` marks uncommitted changes), hardware and versions.
 `python -m benchmarks.table` writes this page; [README.md](README.md) says how to measure again.
+
+"""
+MEMORY_INTRODUCTION = """# What fits into a GPU's memory
+
+These figures are counted, not measured. The engines' training step runs on tensors that have a
+shape but no values. A test compares such counts with real allocations on a CPU. No GPU has
+confirmed the tables yet.
+
+    peak memory in GiB = fixed + batch size x MiB per image / 1024
+
+- **Batch size** is `--batch_size`: images per process and step. `--accum_iter` does not change it.
+- **Fixed** holds the weights, AdamW's state, the gradients, and the weights' copies in bf16. With
+  several GPUs, or `--accum_iter` above 1, the gradients are there all the time, and are counted so.
+  One GPU without accumulation may need less, by up to 4 bytes per parameter.
+- **Type**: `--amp bf16` with flash attention, which holds no matrix of tokens x tokens. Older cards
+  (T4, V100) compute in fp16, with a different attention. That was not counted.
+- **ckpt** is `--grad_checkpointing`.
+- **GFLOP** are the matrix products of layers and attention for one image, forward and backward, as
+  this code computes them. Flash attention's backward pass counts 2.5 times its forward pass. *MFU*
+  in RESULTS.md counts it twice; for base, large and huge in pre-training the sums differ by less
+  than 1%.
+- **Parameters** are those that are trained. Classifiers have 1000 classes, and drop path.
+- **Two batches** (8 and 4096) are counted. The other figures follow from the line through them. The
+  count is never above that line. Where tried, it was on it, with ckpt up to about 5% below.
+- `--mask_ratio` is 0.75. Evaluation needs less for the same batch, as does the linear probe: the
+  encoder keeps nothing for a backward pass.
+
+The columns on the right show the largest batch that a card takes: a multiple of 64, or of 8 below
+64. They end at 4096, the paper's batch. A dash means that a batch of 8 does not fit. Counted as
+usable is a card's memory less 8% for fragmentation and 1 GiB for CUDA and its libraries. These two
+are assumptions, as is the memory of a card:
+
+"""
+ESTIMATE_INTRODUCTION = """## Images a second: an estimate
+
+**This is an estimate. Nothing in this table was measured.** It is for one GPU, bf16, without
+`--compile`, with images that are always ready. Expect a quarter more or less. A step's time is the
+sum of
+
+- layers' matrix products, by their operations,
+- attention, by its operations,
+- everything else, by the bytes it reads and writes: each operation reads its inputs and writes its
+  outputs once, and nothing stays in a cache.
+
+Time to launch kernels is left out: small batches are slower. The rates are assumptions:
 
 """
 
@@ -33,8 +79,11 @@ def page():
     steps = [r for name, r in reports.items() if name.startswith(("pretrain_", "finetune_"))]
     steps.sort(key=lambda report: (report["task"] != "pretrain", -report["gflop_per_image"]))
     tables = [step_table(report) for report in steps]
-    tables += [loading_table(reports["data_loading"]), whole_run_table(reports["whole_run"])]
-    return INTRODUCTION + "\n".join(tables)
+    for benchmark, make in (("data_loading", loading_table), ("whole_run", whole_run_table)):
+        tables += [make(report) for name, report in reports.items() if name.startswith(benchmark)]
+    has_gpu = any("cuda" in name for name in reports)
+    introduction = INTRODUCTION.format(no_gpu="" if has_gpu else " No GPU results yet.")
+    return introduction + "\n".join(tables)
 
 
 def step_table(report):
@@ -47,7 +96,7 @@ def step_table(report):
         [
             words(side) + " (`--amp auto`)" * (side == f"ours:{auto}"),
             three_digits(figures["images_per_s"]["median"]),
-            f"{figures['mfu']['median']:.0%}",
+            f"{figures['mfu']['median']:.0%}" if "mfu" in figures else "",
             f"{figures['peak_memory_gib']:.1f} GiB",
             *(spread(figures["times_as_fast_as"].get(peer)) for peer in peers),
         ]
@@ -82,6 +131,85 @@ def whole_run_table(report):
     return markdown(head, rows, report)
 
 
+def memory_page():
+    report = json.loads((RESULTS / "memory.json").read_text())
+    assumed = report["assumed"]
+    cards = [f"{gb} GB" for gb in assumed["card_gib"]]
+    sizes = {"GiB": assumed["card_gib"], "usable GiB": assumed["usable_gib"]}
+    rows = [[name, *(f"{gib:g}" for gib in gibs.values())] for name, gibs in sizes.items()]
+    tables = [
+        "## Pre-training\n\n" + memory_table(report, "pretrain"),
+        "## Fine-tuning\n\n" + memory_table(report, "finetune"),
+        ESTIMATE_INTRODUCTION + rates_table(assumed) + estimate_table(report),
+    ]
+    return MEMORY_INTRODUCTION + grid(["card", *cards], rows) + "\n" + "\n".join(tables)
+
+
+def memory_table(report, task):
+    """A row for each model with and without gradient checkpointing."""
+    cards = report["assumed"]["card_gib"]
+    rows = []
+    for name, model in report["results"][task].items():
+        for way in ("plain", "grad_checkpointing"):
+            figures = model[way]
+            checkpoints = way == "grad_checkpointing"
+            rows.append(
+                [
+                    "ckpt" if checkpoints else f"`{name}`, {model['input_size']} px",
+                    "" if checkpoints else f"{model['parameters'] / 1e6:.1f} M",
+                    three_digits(figures["gflop_per_image"]),
+                    f"{figures['fixed_gib']:.2f}",
+                    three_digits(figures["mib_per_image"]),
+                    *(f"{gib:.2f}" for gib in figures["peak_gib"].values()),
+                    *(str(figures["largest_batch"][gb] or "-") for gb in cards),
+                ]
+            )
+    peaks = [f"GiB at {batch}" for batch in figures["peak_gib"]]
+    head = ["model", "parameters", "GFLOP an image", "fixed GiB", "MiB an image", *peaks]
+    return markdown([*head, *(f"{gb} GB" for gb in cards)], rows, report)
+
+
+def rates_table(assumed):
+    rows = [
+        [
+            f"encoder of width {width}",
+            f"{flop / 1e12:.0f} TFLOP/s",
+            f"{attention / 1e12:.0f} TFLOP/s",
+        ]
+        for (width, flop), attention in zip(
+            assumed["product_flop_per_s"].items(),
+            assumed["attention_flop_per_s"].values(),
+            strict=True,
+        )
+    ]
+    rest = " and ".join(
+        f"{b / 1e12:.1f} TB/s on an {c}" for c, b in assumed["rest_bytes_per_s"].items()
+    )
+    return grid(["", "products", "attention"], rows) + f"\nThe rest moves at {rest}.\n\n"
+
+
+def estimate_table(report):
+    rows = []
+    for models in report["results"].values():
+        for name, model in models.items():
+            if figures := model.get("estimate"):
+                cards = [figures[card] for card in report["assumed"]["rest_bytes_per_s"]]
+                rows.append(
+                    [
+                        f"`{name}`, batch {figures['batch_size']}",
+                        f"{sum(figures['gb_moved'].values()):.0f}",
+                        f"{figures['products_ms']:.0f}",
+                        f"{figures['attention_ms']:.0f}",
+                        *(f"{card['rest_ms']:.0f}" for card in cards),
+                        *(f"{round(card['images_per_s'], -2)}" for card in cards),
+                    ]
+                )
+    names = report["assumed"]["rest_bytes_per_s"]
+    head = ["estimated, not measured", "GB moved", "ms products", "ms attention"]
+    head += [f"ms rest, {card}" for card in names] + [f"images/s, {card}" for card in names]
+    return markdown(head, rows, report)
+
+
 def words(side):
     """ours:bf16:compile is "ours, bf16, compiled"."""
     names = {"plain": "the plain loop", "off": "float32", "compile": "compiled"}
@@ -102,12 +230,17 @@ def spread(figures, form=".2f"):
 
 def markdown(head, rows, report):
     """A table, and the line below it that says where its figures come from."""
-    rows = [head, ["---"] * len(head), *([*row, *[""] * (len(head) - len(row))] for row in rows)]
-    table = "".join(f"| {' | '.join(row)} |\n" for row in rows)
     versions = ", ".join(" ".join(item) for item in report["versions"].items())
     origin = "; ".join([report["commit"], *report["hardware"].values(), versions])
-    return f"{table}\n*`{report['command']}` at {origin}.*\n"
+    return f"{grid(head, rows)}\n*`{report['command']}` at {origin}.*\n"
+
+
+def grid(head, rows):
+    """A table; rows may end before the head does."""
+    rows = [head, ["---"] * len(head), *([*row, *[""] * (len(head) - len(row))] for row in rows)]
+    return "".join(f"| {' | '.join(row)} |\n" for row in rows)
 
 
 if __name__ == "__main__":
     PAGE.write_text(page())
+    MEMORY_PAGE.write_text(memory_page())

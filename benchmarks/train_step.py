@@ -3,12 +3,14 @@
     python -m benchmarks.train_step --model mae_vit_base_patch16 --batch_size 32
     python -m benchmarks.train_step --task finetune --model vit_base_patch16 --batch_size 32
 
-A side is NAME:AMP or NAME:AMP:compile. NAME is ours or transformers. AMP is off (float32), bf16,
-fp16 or auto, which stands for one of these on each device.
+A side is NAME:AMP or NAME:AMP:compile. NAME is ours, transformers, lightly (where it is installed),
+or plain, which is this project's model in an unoptimised loop: eager, attention by an explicit
+softmax, unfused AdamW, images sent as floats, and a wait for the device in each step. AMP is off
+(float32), bf16, fp16 or auto, which stands for one of these on each device.
 
 Every side runs in its own process. After a warm-up they take turns, one at a time, in --pairs
 rounds. A ratio compares two sides' turns of the same round. Shown are the median, the lowest and
-the highest of the rounds.
+the highest of the rounds. A side that can't start, or dies, is left out.
 
     MFU = images/s x operations an image / peak
 
@@ -35,10 +37,14 @@ from util.distributed import select_device
 from util.errors import UserError
 from util.precision import resolve_amp
 
+PEAK_SIZE = {"cpu": 2048, "cuda": 8192}
 AMPS = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 DEFAULT_SIDES = {  # on a CPU few, because those of a large model must fit into memory together
     "cpu": ["ours:auto", "ours:off", "transformers:off"],
-    "cuda": ["ours:auto:compile", "ours:auto", "transformers:bf16", "transformers:bf16:compile"],
+    "cuda": (
+        "ours:auto:compile ours:auto plain:auto transformers:auto transformers:auto:compile "
+        "lightly:auto"
+    ).split(),
 }
 
 
@@ -58,29 +64,33 @@ def main(args):
     auto = next(amp for amp in AMPS if AMPS[amp] is resolve_amp("auto", device))
     asked = args.sides or DEFAULT_SIDES[device.type]
     labels = dict.fromkeys(label.replace(":auto", f":{auto}") for label in asked)
+    settings = {label: setting_of(label, args, device) for label in labels}
+    started = {label: Side(label, setting) for label, setting in settings.items()}  # all at once
     sides = {}
-    for label in labels:
-        setting = setting_of(label, args, device)
+    for label, side in started.items():
         try:
-            sides[label] = Side(label, setting)
+            side.warm_up()
+            sides[label] = side
         except UserError as error:
             print(error, flush=True)
-    if not sides:
-        raise UserError(f"none of the sides {' '.join(labels)} can be timed")
     amps = {label: label.split(":")[1] for label in sides}
-    turns = {label: partial(steps_per_second, side, args.turn) for label, side in sides.items()}
-    turns |= {amp: partial(matmul_flop_per_s, device, AMPS[amp]) for amp in amps.values()}
-    measured = report.take_turns(turns, args.pairs)
+    turns = {amp: partial(peak_flop_per_s, device, AMPS[amp]) for amp in amps.values()}
+    turns |= {label: partial(steps_per_second, side, args.turn) for label, side in sides.items()}
+    measured = report.take_turns(turns, args.pairs, may_fail=True)
+    timed_sides = [label for label in sides if label in measured]
+    if not timed_sides:
+        raise UserError(f"none of the sides {' '.join(labels)} can be timed")
 
-    flop = training_flop(setting)
-    peers = [label for label in sides if not label.startswith("ours")]
+    flop = training_flop(settings[timed_sides[0]])
+    peers = [label for label in timed_sides if not label.startswith("ours")]
     results = {}
-    for label, side in sides.items():
+    for label in timed_sides:
         images_per_s = [args.batch_size * steps for steps in measured[label]]
-        results[label] = {
-            "images_per_s": report.median_and_range(images_per_s),
-            "mfu": report.ratio([flop * i for i in images_per_s], measured[amps[label]], digits=3),
-            "peak_memory_gib": round(side.peak_memory_gib, 2),
+        results[label] = {"images_per_s": report.median_and_range(images_per_s)}
+        if peak := measured.get(amps[label]):
+            results[label]["mfu"] = report.ratio([flop * i for i in images_per_s], peak, digits=3)
+        results[label] |= {
+            "peak_memory_gib": round(sides[label].peak_memory_gib, 2),
             "times_as_fast_as": {
                 peer: report.ratio(measured[label], measured[peer])
                 for peer in peers
@@ -118,9 +128,20 @@ def steps_in(seconds, seconds_per_step):
     return max(1, math.ceil(seconds / seconds_per_step))
 
 
+def peak_flop_per_s(device, dtype):
+    """`matmul_flop_per_s`; a UserError where it fails, as on a GPU that the sides fill."""
+    try:
+        return matmul_flop_per_s(device, dtype)
+    except RuntimeError as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"the peak can't be measured, so there is no MFU: {reason}") from error
+    finally:
+        free_memory(device)
+
+
 def matmul_flop_per_s(device, dtype):
     """The device's peak, as measured: products of large square matrices."""
-    size, times = (8192 if device.type == "cuda" else 2048), 30
+    size, times = PEAK_SIZE[device.type], 30
     shape = (3, size, size)
     one, other, product = torch.randn(shape, device=device, dtype=dtype or torch.float32)
 
@@ -129,6 +150,12 @@ def matmul_flop_per_s(device, dtype):
             torch.mm(one, other, out=product)
 
     return times * 2 * size**3 / timed(multiply, times, device)
+
+
+def free_memory(device):
+    """Give unused memory of a GPU back to it, for the other processes."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
 
 
 def timed(train, steps, device):
@@ -148,9 +175,6 @@ class Side:
         process: the process.
         peak_memory_gib: the most memory that it has used.
         seconds_per_step: about how long a step takes.
-
-    Raises:
-        UserError: it can't be timed.
     """
 
     def __init__(self, label, setting):
@@ -160,12 +184,20 @@ class Side:
         self.process = context.Process(target=serve, args=(pipe, label, setting), daemon=True)
         self.process.start()
         pipe.close()
+
+    def warm_up(self):
+        """Take the first steps, which compile; a UserError if the side can't be timed."""
         self.seconds_per_step = self.train(1)
 
     def train(self, steps):
-        """Take so many steps; returns how many seconds they took."""
+        """Take so many steps; returns how many seconds they took.
+
+        Raises:
+            UserError: the side can't be timed.
+        """
         try:
-            self._pipe.send(steps)
+            with contextlib.suppress(OSError):  # one that has ended may have said why
+                self._pipe.send(steps)
             answer = self._pipe.recv()
         except (EOFError, OSError) as error:
             raise UserError(
@@ -179,22 +211,35 @@ class Side:
 
 
 def serve(pipe, label, setting):
-    """A side's process: answers numbers of steps with seconds and the peak memory in GiB."""
+    """A side's process: answers numbers of steps with seconds and the peak memory in GiB.
+
+    Between its turns a side on a GPU holds only weights and optimizer.
+    """
     torch.manual_seed(0)
     try:
+        if setting.on_gpu:
+            torch.cuda.set_device(setting.device)
         train = SIDES[label.split(":")[0]](setting)
-    except (ImportError, UserError) as error:
-        pipe.send(UserError(f"{label} can't be timed: {error}"))
-        return
-    train(1)  # compiles
-    with contextlib.suppress(EOFError):  # ends with the process that asks
+        is_warm = False
         while steps := pipe.recv():
+            if not is_warm:
+                train(1)  # compiles, and takes the memory
             seconds = timed(train, steps, setting.device)
             if setting.on_gpu:
-                peak = torch.cuda.max_memory_allocated(setting.device) / 2**30
+                peak = torch.cuda.max_memory_allocated() / 2**30
             else:
                 peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+            is_warm = not setting.on_gpu
+            free_memory(setting.device)
             pipe.send((seconds, peak))
+    except EOFError:
+        pass  # the process that asks has ended
+    except ImportError as error:
+        pipe.send(UserError(f"{label} can't be timed, its package is missing or too old: {error}"))
+    except UserError as error:
+        pipe.send(UserError(f"{label} can't be timed: {error}"))
+    except torch.OutOfMemoryError:
+        pipe.send(UserError(f"{label} can't be timed: the GPU has no memory left for it"))
 
 
 def training_flop(setting):
@@ -203,7 +248,8 @@ def training_flop(setting):
     The backward pass counts twice the forward pass. In masked autoencoders every patch is projected
     and, with the class token, decoded, as in the paper.
     """
-    model = setting.build_model()
+    with torch.device("meta"):
+        model = setting.build_model()
     patches, width = model.patch_embed.num_patches, model.cls_token.shape[-1]
     patch_values = 3 * math.prod(model.patch_embed.patch_size)
     projection = 2 * patches * patch_values * width

@@ -45,6 +45,7 @@ def main(args):
     device = select_device(args.device)
     setting = Setting("pretrain", args.model, 224, args.batch_size, device, args.amp, args.compile)
     bare = Side("ours", setting)
+    bare.warm_up()
     images = args.steps * args.batch_size
     with tempfile.TemporaryDirectory() as folder:
         make_jpegs(Path(folder), PHOTOGRAPHS, images)
@@ -73,7 +74,8 @@ def main(args):
         "data_wait": report.median_and_range([r["data_wait"] for r in records[QUIET]], 4),
     }
     settings = {name: getattr(args, name) for name in ("model", "batch_size", "amp", "steps")}
-    print(table.whole_run_table(report.write("whole_run", results, **settings)))
+    written = report.write(f"whole_run{report.on(device)}", results, **settings)
+    print(table.whole_run_table(written))
 
 
 @contextlib.contextmanager

@@ -218,7 +218,7 @@ def run(script, flags, processes=1, *, timeout=120, start=ForkedScript):
 
 
 # Flags of a run of 27 steps, in 15 updates, that saves after each. Its first checkpoint is on the
-# disk when the third of its lines on steps is shown.
+# disk when the fifth of its lines on steps is shown: the save after step 4 waits for it.
 KILL_FLAGS = {
     "input_size": 8,
     "batch_size": 2,
@@ -266,7 +266,7 @@ def finetune_kill_flags(image_folder, encoder, output_dir):
 def kill_and_resume(script, flags, number, kill_line):
     """Send a run a signal after so many lines on its steps, then run it to its end.
 
-    With two steps an update and `save_minutes` 0, the third line tells of a checkpoint.
+    With two steps an update and `save_minutes` 0, the fifth line tells of a checkpoint.
     """
     process = ForkedScript(script, flags)
     shown = (line for line in process.stdout if line.startswith("epoch "))

@@ -1,14 +1,20 @@
 """The benchmarks' arithmetic, by hand, and every side's first steps."""
 
 import json
+import subprocess
+import sys
+from contextlib import nullcontext
 from importlib import metadata
+from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers import CPU, FORKS
+from helpers import CPU, FORKS, ROOT
+from torch import nn
 
-from benchmarks import report, sides, table, train_step, whole_run
+from benchmarks import data_loading, gpu, report, sides, table, train_step, whole_run
 from benchmarks.sides import Setting
+from util.errors import UserError
 
 
 @pytest.fixture(autouse=True)
@@ -23,6 +29,11 @@ def test_ratios_are_of_turns_of_one_round():
         "lowest": 1.0,
         "highest": 3.0,
     }
+
+
+def test_a_copy_without_its_history_can_be_measured(tmp_path, monkeypatch):
+    monkeypatch.setattr(report, "RESULTS", tmp_path)
+    assert report.commit() == "an unknown commit"
 
 
 def test_sides_take_turns_and_the_first_round_warms_up():
@@ -44,23 +55,25 @@ def test_sides_take_turns_and_the_first_round_warms_up():
     ],
 )
 def test_work_of_an_image_is_the_reference_s(model, gflop):
-    setting = Setting("pretrain", model, 224, 1, CPU, "off", False)
-    with torch.device("meta"):
-        flop = train_step.training_flop(setting)
+    flop = train_step.training_flop(Setting("pretrain", model, 224, 1, CPU, "off", False))
     assert flop / 1e9 == pytest.approx(gflop, rel=2e-3)
 
 
 @pytest.mark.parametrize(
     "task, model", [("pretrain", "mae_vit_nano_patch4"), ("finetune", "vit_nano_patch4")]
 )
-@pytest.mark.parametrize("side", ["ours", "transformers"])
+@pytest.mark.parametrize("side", sides.SIDES)
 def test_sides_train(side, task, model):
+    if side == "lightly":
+        pytest.importorskip("lightly", "1.6")
+        if task == "finetune":
+            pytest.skip("lightly's masked autoencoder only pre-trains")
     train = sides.SIDES[side](Setting(task, model, 8, 2, CPU, "bf16", False))
     train(2)
 
 
-def test_transformers_side_is_of_the_same_size(monkeypatch):
-    """Its optimizer is given as many values as ours has to train."""
+def test_sides_are_of_the_same_size(monkeypatch):
+    """Their optimizers are given as many values as ours has to train."""
     sizes, adamw = [], torch.optim.AdamW
 
     def spy(parameters, **options):
@@ -71,9 +84,26 @@ def test_transformers_side_is_of_the_same_size(monkeypatch):
 
     monkeypatch.setattr(torch.optim, "AdamW", spy)
     setting = Setting("pretrain", "mae_vit_nano_patch4", 8, 2, CPU, "off", False)
-    for side in ("ours", "transformers"):
+    for side in ("ours", "plain", "transformers"):
         sides.SIDES[side](setting)
     assert len(set(sizes)) == 1
+
+
+@pytest.mark.parametrize(
+    "task, model, graphs",
+    [("pretrain", "mae_vit_nano_patch4", 2), ("finetune", "vit_nano_patch4", 1)],
+)
+def test_transformers_layers_are_compiled_whole(task, model, graphs, monkeypatch):
+    """Like ours: one graph for all layers of the encoder, and one for those of the decoder."""
+    compile_module = nn.Module.compile
+    monkeypatch.setattr(
+        nn.Module, "compile", lambda self, **kw: compile_module(self, backend="eager", **kw)
+    )
+    torch.compiler.reset()
+    torch._dynamo.utils.counters.clear()
+    sides.transformers(Setting(task, model, 8, 2, CPU, "bf16", True))(2)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == graphs
+    assert not torch._dynamo.utils.counters["graph_break"]
 
 
 def train_step_args(flags):
@@ -82,6 +112,7 @@ def train_step_args(flags):
 
 def test_train_step_writes_its_results(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(report, "RESULTS", tmp_path)
+    monkeypatch.setitem(train_step.PEAK_SIZE, "cpu", 64)
     flags = "--model mae_vit_nano_patch4 --input_size 8 --batch_size 2 --pairs 2 --turn 0.01"
     train_step.main(train_step_args(f"{flags} --sides ours:off transformers:off transformers:fp16"))
     written = json.loads((tmp_path / "pretrain_mae_vit_nano_patch4_8px_cpu.json").read_text())
@@ -96,26 +127,44 @@ def test_train_step_writes_its_results(tmp_path, monkeypatch, capsys):
     assert table.step_table(written) in printed
 
 
-def test_figures_are_the_turns_by_hand(tmp_path, monkeypatch):
+@pytest.fixture
+def time_fakes(tmp_path, monkeypatch):
+    """Times sides that take the given steps a second in their turns; returns what is written.
+
+    An error among them is raised.
+    """
+
+    def run(rates, peak):
+        class FakeSide:
+            seconds_per_step, peak_memory_gib = 0.5, 1.5
+
+            def __init__(self, label, _setting):
+                self.turns = iter(rates[label])
+
+            def warm_up(self):
+                pass
+
+            def train(self, steps):
+                assert steps == 10  # five seconds
+                rate = next(self.turns)
+                if isinstance(rate, Exception):
+                    raise rate
+                return steps / rate
+
+        monkeypatch.setattr(report, "RESULTS", tmp_path)
+        monkeypatch.setattr(train_step, "Side", FakeSide)
+        monkeypatch.setattr(train_step, "matmul_flop_per_s", lambda device, dtype: peak())
+        monkeypatch.setattr(train_step, "resolve_amp", lambda amp, device: torch.bfloat16)
+        train_step.main(train_step_args(f"--batch_size 10 --pairs 3 --sides {' '.join(rates)}"))
+        return json.loads((tmp_path / "pretrain_mae_vit_base_patch16_224px_cpu.json").read_text())
+
+    return run
+
+
+def test_figures_are_the_turns_by_hand(time_fakes):
     """Steps a second of three rounds, of which the first warms up, and of the peak."""
     rates = {"ours:bf16": [9.0, 4.0, 6.0, 5.0], "transformers:off": [9.0, 2.0, 2.0, 2.0]}
-
-    class FakeSide:
-        seconds_per_step, peak_memory_gib = 0.5, 1.5
-
-        def __init__(self, label, _setting):
-            self.turns = iter(rates[label])
-
-        def train(self, steps):
-            assert steps == 10  # five seconds
-            return steps / next(self.turns)
-
-    monkeypatch.setattr(report, "RESULTS", tmp_path)
-    monkeypatch.setattr(train_step, "Side", FakeSide)
-    monkeypatch.setattr(train_step, "matmul_flop_per_s", lambda device, dtype: 1e13)
-    monkeypatch.setattr(train_step, "resolve_amp", lambda amp, device: torch.bfloat16)
-    train_step.main(train_step_args("--batch_size 10 --pairs 3 --sides ours:auto transformers:off"))
-    written = json.loads((tmp_path / "pretrain_mae_vit_base_patch16_224px_cpu.json").read_text())
+    written = time_fakes(rates, peak=lambda: 1e13)
     ours = written["results"]["ours:bf16"]
     assert ours["images_per_s"] == {"median": 50, "lowest": 40, "highest": 60}
     assert ours["peak_memory_gib"] == 1.5
@@ -129,6 +178,27 @@ def test_figures_are_the_turns_by_hand(tmp_path, monkeypatch):
         "| ours, bf16 (`--amp auto`) | 50 | 29% | 1.5 GiB | 2.50 (2.00 to 3.00)"
     )
     assert second.startswith("| transformers, float32 | 20 | 12% | 1.5 GiB |  |")
+
+
+def test_a_side_that_dies_between_its_turns_leaves_the_others_results(time_fakes, capsys):
+    dies = [9.0, 2.0, UserError("the process of plain:bf16 has ended")]
+    rates = {"ours:bf16": [9.0, 4.0, 6.0, 5.0], "plain:bf16": dies, "transformers:off": [2.0] * 4}
+    written = time_fakes(rates, peak=lambda: 1e13)
+    assert list(written["results"]) == ["ours:bf16", "transformers:off"]
+    assert written["results"]["ours:bf16"]["images_per_s"]["median"] == 50
+    assert capsys.readouterr().out.startswith("the process of plain:bf16 has ended\nwritten to ")
+
+
+def test_without_the_peak_only_mfu_is_missing(time_fakes, capsys):
+    def no_memory():
+        raise torch.OutOfMemoryError("CUDA out of memory.\nand more")
+
+    written = time_fakes({"ours:bf16": [9.0, 4.0, 6.0, 5.0]}, no_memory)
+    assert "mfu" not in written["results"]["ours:bf16"]
+    assert "| ours, bf16 (`--amp auto`) | 50 |  | 1.5 GiB |" in table.step_table(written)
+    first, second, *_ = capsys.readouterr().out.splitlines()
+    assert first == "the peak can't be measured, so there is no MFU: CUDA out of memory."
+    assert second.startswith("written to ")
 
 
 @pytest.mark.parametrize("seconds, steps", [(2, 16), (2.01, 17), (0.01, 1), (0, 1)])
@@ -154,6 +224,45 @@ def test_a_side_that_dies_is_reported(user_error):
     assert message.startswith("the process of ours:off has ended, most likely for want of memory")
 
 
+@pytest.fixture
+def served():
+    """Runs a side's process here; returns its answer to the question for one step."""
+
+    def answer(label, setting):
+        asking, answering = FORKS.Pipe()
+        asking.send(1)
+        asking.send(0)  # ends it
+        train_step.serve(answering, label, setting)
+        return str(asking.recv())
+
+    return answer
+
+
+def test_lightly_is_left_out_in_one_line_where_it_is_missing(served, monkeypatch):
+    monkeypatch.setitem(sys.modules, "lightly.models", None)
+    setting = Setting("pretrain", "mae_vit_nano_patch4", 8, 2, CPU, "off", False)
+    answer = served("lightly:off", setting)
+    assert answer.startswith("lightly:off can't be timed, its package is missing or too old: ")
+    assert "lightly" in answer.partition(": ")[2]
+
+
+def test_a_side_computes_on_the_device_that_was_asked_for(served, monkeypatch):
+    """And a full one is reported in one line."""
+    calls = []
+
+    def full(setting):
+        calls.append("side")
+        raise torch.OutOfMemoryError("CUDA out of memory.\nand more")
+
+    monkeypatch.setitem(sides.SIDES, "ours", full)
+    monkeypatch.setattr(torch.cuda, "set_device", calls.append)
+    second = torch.device("cuda", 1)
+    setting = Setting("pretrain", "mae_vit_nano_patch4", 8, 2, second, "bf16", False)
+    answer = served("ours:bf16", setting)
+    assert answer == "ours:bf16 can't be timed: the GPU has no memory left for it"
+    assert calls == [second, "side"]
+
+
 def test_a_whole_run_s_figures_by_hand(tmp_path, monkeypatch):
     """Of two rounds, after one that warms up; a checkpoint's 3 seconds are 1% of 5 minutes."""
     images_per_s = iter([9, 9, 80, 60, 90, 45])  # by turns quiet and busy
@@ -161,6 +270,9 @@ def test_a_whole_run_s_figures_by_hand(tmp_path, monkeypatch):
     class FakeSide:
         def __init__(self, label, _setting):
             assert label == "ours"
+
+        def warm_up(self):
+            pass
 
         def train(self, steps):
             return steps * 10 / 100  # a batch of 10, 100 images a second
@@ -198,3 +310,62 @@ def test_the_busy_process_ends_with_its_turn():
 
 def test_the_page_has_the_tables_that_the_results_make():
     assert table.PAGE.read_text() == table.page(), "run python -m benchmarks.table"
+
+
+# ---- make gpu
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU")
+def test_without_a_gpu_its_command_says_so_in_one_line():
+    command = [sys.executable, "-m", "benchmarks.gpu"]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 2
+    assert result.stderr.startswith("error: this machine has no GPU")
+    assert len((result.stdout + result.stderr).splitlines()) == 1
+
+
+@pytest.mark.parametrize("failing", [[], ["b"], ["benchmarks.table"]])
+def test_parts_go_on_after_one_that_fails(failing, monkeypatch):
+    ran = []
+    card = SimpleNamespace(total_memory=2**34)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: card)
+    monkeypatch.setattr(gpu, "parts", lambda gib: ["a", "b", "c"])
+    monkeypatch.setattr(gpu, "run", lambda part, seconds: ran.append(part) or part not in failing)
+    with pytest.raises(SystemExit) if failing else nullcontext() as stopped:
+        gpu.main(None)
+    assert ran == ["a", "b", "c", "benchmarks.table"]
+    assert not failing or stopped.value.code.split() == ["failed:", *failing]
+
+
+@pytest.mark.parametrize(
+    "part, seconds, outcome",
+    [
+        ("keyword", 60, "exit code 0"),
+        ("no_such_module", 60, "exit code 1"),
+        ("timeit -n1 -r1 __import__('time').sleep(99)", 1, "took too long"),
+    ],
+)
+def test_a_part_has_its_time(part, seconds, outcome, capfd):
+    assert gpu.run(part, seconds) == (outcome == "exit code 0")
+    assert f"==== {outcome} after " in capfd.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "gib, batches, without_all_sides",
+    [
+        (79.1, [256, 128, 128, 64], 0),
+        (39.4, [128, 64, 64, 32], 1),
+        (23.5, [64, 32, 32, 16], 2),
+        (15.7, [32, 16, 16, 8], 2),
+    ],
+)
+def test_parts_fit_the_card(gib, batches, without_all_sides):
+    tests, *tables, loader, whole_run_ = gpu.parts(gib)
+    parse = train_step.get_args_parser().parse_args
+    flags = [parse(part.split()[1:]) for part in tables]
+    assert [args.batch_size for args in flags] == batches
+    assert sum(args.sides is not None for args in flags) == without_all_sides
+    assert (ROOT / tests.split()[1]).exists()
+    data_loading.get_args_parser().parse_args(loader.split()[1:])
+    whole_run.get_args_parser().parse_args(whole_run_.split()[1:])

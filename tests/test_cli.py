@@ -1,5 +1,6 @@
 """Bad input: one line on stderr that says what is wrong, exit code 2, before any training."""
 
+import json
 from functools import partial
 
 import pytest
@@ -9,7 +10,7 @@ from helpers import command_line, run, start_fresh, write_images
 import main_finetune
 import main_linprobe
 import main_pretrain
-from util import cli
+from util import cli, distributed, memory, precision
 
 
 @pytest.fixture
@@ -401,3 +402,105 @@ def test_scripts_exit_with_the_error(tmp_path):
         assert (code, out) == (2, "")
         assert err.startswith("error: ")
         assert len(err.splitlines()) == 1
+
+
+# ---- no memory left
+
+
+@pytest.mark.parametrize("counted_size", [8, 224])
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate"),
+    ],
+)
+def test_running_out_of_memory(
+    pretrain_flags, pretrain_error, monkeypatch, tmp_path, error, counted_size
+):
+    """What it takes is said where it was counted: for this model and size."""
+
+    def run_out(*_args, **_kwargs):
+        raise error
+
+    monkeypatch.setattr(main_pretrain, "train_one_epoch", run_out)
+    lines = {
+        "plain": {"fixed_gib": 1, "mib_per_image": 1024},
+        "grad_checkpointing": {"fixed_gib": 1, "mib_per_image": 512},
+    }
+    results = {"pretrain": {"tiny_test_model": {"input_size": counted_size} | lines}}
+    counted = tmp_path / "memory.json"
+    counted.write_text(json.dumps({"results": results | {"finetune": {}}}))
+    monkeypatch.setattr(memory, "COUNTED", counted)
+    takes = ", which takes about 3.0 GiB, or 2.0 with --grad_checkpointing"
+    assert pretrain_error(pretrain_flags) == (
+        f"error: out of memory with --batch_size 2{takes if counted_size == 8 else ''}: "
+        "add --grad_checkpointing to the same command, which then continues from the last "
+        "checkpoint, or start anew in another --output_dir with a lower --batch_size and a higher "
+        "--accum_iter (docs/memory.md says what fits)"
+    )
+
+
+def test_running_out_of_memory_where_recomputing_is_no_help(
+    classify_flags, linprobe_error, monkeypatch
+):
+    def run_out(*_args, **_kwargs):
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr(main_finetune, "train_one_epoch", run_out)
+    message = linprobe_error(classify_flags)
+    assert message == "error: out of memory with --batch_size 2: lower it"
+
+
+def test_other_errors_of_torch_are_no_lack_of_memory(pretrain_flags, pretrain, monkeypatch):
+    def fail(*_args, **_kwargs):
+        raise RuntimeError("shapes differ")
+
+    monkeypatch.setattr(main_pretrain, "train_one_epoch", fail)
+    with pytest.raises(RuntimeError, match="shapes differ"):
+        pretrain(pretrain_flags)
+
+
+# ---- several processes on GPUs
+
+
+def test_one_gpu_for_several_processes_is_refused(monkeypatch, user_error):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    message = user_error(lambda: distributed.select_device("cuda:1", 0, 2))
+    assert message == "--device cuda:1 is one device for 2 processes: use --device cuda"
+
+
+def test_an_index_without_a_device(monkeypatch, user_error):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    message = user_error(lambda: distributed.select_device("cuda:3"))
+    assert message.startswith("--device cuda:3: there is no cuda:3 among 1 CUDA devices")
+
+
+def test_a_card_without_bf16(monkeypatch, user_error):
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: False)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla T4")
+    device = torch.device("cuda", 0)
+    message = user_error(lambda: precision.resolve_amp("bf16", device))
+    assert message == "--amp bf16 is not supported by Tesla T4: use fp16 or off"
+    assert precision.resolve_amp("auto", device) is torch.float16
+
+
+@pytest.mark.parametrize(("processes", "workers"), [(None, 10), (4, 10), (8, 8), (128, 1)])
+def test_workers_share_the_cores_of_a_machine(monkeypatch, processes, workers):
+    monkeypatch.setattr("os.sched_getaffinity", lambda _pid: range(64), raising=False)
+    if processes:
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
+    parser = main_pretrain.get_args_parser()
+    assert parser.get_default("num_workers") == workers
+
+
+def test_processes_that_cannot_connect_are_told_of_the_interface(monkeypatch, user_error):
+    def refuse(*_args, **_kwargs):
+        raise RuntimeError("Gloo connectFullMesh failed with Connection refused\nmore")
+
+    monkeypatch.setattr("torch.distributed.new_group", refuse)
+    process = distributed.Process(0, 2, torch.device("cpu"))
+    message = user_error(lambda: distributed.Agreement(process))
+    assert message.startswith("the processes can't reach each other (Gloo connectFullMesh failed")
+    assert "set GLOO_SOCKET_IFNAME" in message

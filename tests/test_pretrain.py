@@ -53,7 +53,7 @@ def uninterrupted(image_folder, tmp_path_factory):
 @pytest.mark.parametrize(
     ("number", "workers", "amp", "kill_line"),
     [
-        (signal.SIGKILL, 0, "off", 3),
+        (signal.SIGKILL, 0, "off", 5),
         (signal.SIGTERM, 0, "off", 10),
         (signal.SIGINT, 0, "off", 19),
         (signal.SIGKILL, 2, "off", 16),

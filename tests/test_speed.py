@@ -3,18 +3,18 @@
 import contextlib
 import json
 import sys
+from functools import partial
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from helpers import CPU, run
 from timm.layers import DropPath
 
 import models_mae
 import models_vit
-from benchmarks.sides import Setting, ours
-from util import speed
-from util.logs import Meter
+from util import distributed, speed
 
 
 def loss_and_gradients(model):
@@ -200,6 +200,54 @@ def test_blocks_of_all_drop_path_rates_share_one_compiled_graph(depth):
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2
 
 
+@pytest.fixture
+def group():
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("grad_checkpointing", [False, True])
+def test_compiled_blocks_stay_whole_in_a_data_parallel_model(
+    grad_checkpointing, group, monkeypatch
+):
+    """Dynamo would cut them where DDP's buckets end: a block of ViT-L in two places."""
+    graphs = []
+
+    def backend(graph, _inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))
+    torch.compiler.reset()
+    model = models_mae.factory(4, (256, 3, 2), (64, 2, 2))(img_size=8)
+    speed.prepare(model, CPU, None, compile=True, grad_checkpointing=grad_checkpointing)
+    parallel = distributed.data_parallel(model, distributed.Process(0, 2, CPU))
+    parallel.bucket_bytes_cap = 2**20  # a block of the encoder has three times as much
+    parallel(torch.randn(2, 3, 8, 8))[0].backward()
+    assert len(graphs) == 2  # encoder, decoder
+
+
+@pytest.mark.parametrize(
+    ("device", "lacks", "message"),
+    [
+        ("cpu", "compiler", "--compile needs a compiler, and there is no g++ or clang++: install"),
+        ("cuda", "compiler", "--compile needs a compiler, and there is no gcc or clang or cc: "),
+        ("cuda", "triton", "--compile needs Triton on a GPU: pip install triton, or leave it out"),
+    ],
+)
+def test_what_compiling_lacks_is_named_before_training(
+    device, lacks, message, monkeypatch, user_error
+):
+    monkeypatch.setattr("shutil.which", lambda name: None if lacks == "compiler" else name)
+    found = None if lacks == "triton" else object()
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: found)
+    for variable in ("CC", "CXX"):
+        monkeypatch.delenv(variable, raising=False)
+    prepare = partial(speed.prepare, nano(), torch.device(device), None, compile=True)
+    assert user_error(prepare).startswith(message)
+
+
 def test_tensor_drop_path_is_timms():
     """Each sample dropped as a whole, or divided by 1 - rate; nothing is done in evaluation."""
     x = torch.randn(4000, 3, 2)
@@ -215,18 +263,3 @@ def test_tensor_drop_path_is_timms():
     assert dropped(x.bfloat16()).dtype is torch.bfloat16
     assert dropped.eval()(x) is x
     assert not dropped.state_dict()
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
-def test_steps_do_not_wait_for_the_gpu(monkeypatch):
-    """Between log lines, which fetch the losses."""
-    device = torch.device("cuda", torch.cuda.current_device())
-    train = ours(Setting("pretrain", "mae_vit_nano_patch4", 28, 8, device, "auto", False))
-    train(2)
-    monkeypatch.setattr(Meter, "flush", lambda self: None)
-    monkeypatch.setattr(Meter, "summary", lambda self: {})
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        train(3)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")

@@ -1,7 +1,9 @@
 """A training's state: restored under the same settings only, locked, and of which version."""
 
+import errno
 import multiprocessing
 import signal
+import threading
 
 import pytest
 import torch
@@ -19,24 +21,95 @@ ALONE = Process(0, 1, CPU)
 SCRIPT = "tests/tiny_pretrain.py"
 
 
-@pytest.mark.parametrize("part", ["model", "optimizer"])
-def test_a_state_that_is_not_finite_is_not_written(tmp_path, part, user_error):
+def small_training(output_dir):
+    """A state after one step, and its checkpoints."""
     model = torch.nn.Linear(2, 2)
     optimizer = optim.adamw(model.parameters(), betas=(0.9, 0.95))
     model(torch.ones(1, 2)).sum().backward()
     optimizer.step()
     state = training.TrainingState(model, optimizer, precision.grad_scaler(CPU, None), step=1)
     checkpoints = training.Checkpoints(
-        tmp_path,
+        output_dir,
         ALONE,
         signals=StopSignals(),
         settings={},
         contents={},
-        epochs=1,
+        epochs=2,
         save_every=1,
         save_minutes=5,
     )
+    return state, checkpoints
+
+
+# ---- saves
+
+
+def test_training_goes_on_while_a_file_is_written(tmp_path, monkeypatch):
+    """Values are those of the save's time; the next save and the end wait for it."""
+    state, checkpoints = small_training(tmp_path)
+    state.model.weight.data.fill_(1)
+    events, may_write, save = [], threading.Event(), training.save_checkpoint
+
+    def slow_save(path, contents):
+        may_write.wait(30)
+        save(path, contents)
+        events.append(contents["step"])
+
+    monkeypatch.setattr(training, "save_checkpoint", slow_save)
     checkpoints.save_last(state)
+    state.model.weight.data.fill_(2)
+    state.step = 2
+    events.append("went on")
+    threading.Timer(0.2, may_write.set).start()
+    checkpoints.save_last(state)  # only one is pending
+    events.append("saved again")
+    assert events[:2] == ["went on", 1]
+    assert (load_checkpoint(tmp_path / "checkpoint-last.pth")["model"]["weight"] == 1).all()
+    checkpoints.finish()
+    assert events.count(2) == 1
+    assert (load_checkpoint(tmp_path / "checkpoint-last.pth")["model"]["weight"] == 2).all()
+
+
+def test_a_state_before_the_first_step_is_saved(tmp_path):
+    """fp16's scaler may skip the first updates."""
+    state, checkpoints = small_training(tmp_path)
+    state.optimizer = optim.adamw(state.model.parameters(), betas=(0.9, 0.95))
+    checkpoints.save_last(state)
+    checkpoints.finish()
+    assert load_checkpoint(tmp_path / "checkpoint-last.pth")["optimizer"]["state"] == {}
+
+
+@pytest.mark.parametrize("has_links", [True, False])
+def test_an_epoch_is_written_once_under_all_of_its_names(tmp_path, monkeypatch, has_links):
+    def no_links(*_):
+        raise OSError(errno.EPERM, "Operation not permitted")
+
+    if not has_links:
+        monkeypatch.setattr("os.link", no_links)
+    state, checkpoints = small_training(tmp_path)
+    for epoch in (0, 1):
+        checkpoints.save_epoch(state, score=1.0 - epoch)
+        state.begin_next_epoch()
+    checkpoints.finish()
+    epochs = {p.name: load_checkpoint(p)["epoch"] for p in tmp_path.iterdir()}
+    assert epochs == {
+        "checkpoint-best.pth": 0,
+        "checkpoint-0.pth": 0,
+        "checkpoint-1.pth": 1,
+        "checkpoint-last.pth": 1,
+    }
+    files = {name: (tmp_path / name).stat().st_ino for name in epochs}
+    assert (files["checkpoint-best.pth"] == files["checkpoint-0.pth"]) == has_links
+    assert (files["checkpoint-last.pth"] == files["checkpoint-1.pth"]) == has_links
+    assert files["checkpoint-0.pth"] != files["checkpoint-1.pth"]
+
+
+@pytest.mark.parametrize("part", ["model", "optimizer"])
+def test_a_state_that_is_not_finite_is_not_written(tmp_path, part, user_error):
+    state, checkpoints = small_training(tmp_path)
+    model, optimizer = state.model, state.optimizer
+    checkpoints.save_last(state)
+    checkpoints.finish()
     (tmp_path / "checkpoint-last.pth").rename(tmp_path / "good.pth")
     broken = model.weight.data if part == "model" else optimizer.state[model.weight]["exp_avg_sq"]
     broken[0, 0] = float("inf")
@@ -71,7 +144,7 @@ def test_what_is_computed_defines_a_training_and_not_the_flag_for_it(
 
 FREE = (
     "data_path num_workers pin_mem output_dir log_dir device resume compile amp save_every "
-    "save_minutes log_every"
+    "save_minutes log_every timeout_minutes"
 ).split()
 FREE_FLAGS = {
     main_pretrain: {*FREE, "grad_checkpointing"},

@@ -6,6 +6,7 @@ import errno
 import math
 import os
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,22 @@ def save_checkpoint(path: str | Path, contents: dict[str, Any]) -> None:
     _sync_folder(path.parent)
 
 
+def link_checkpoint(path: Path, name: str) -> None:
+    """Give a checkpoint file a second name in its folder, whole or not at all.
+
+    Raises:
+        OSError: that fails.
+    """
+    temporary = path.with_name(f".{name}.tmp")
+    temporary.unlink(missing_ok=True)
+    try:
+        os.link(path, temporary)
+    except OSError:  # some file systems have no links
+        shutil.copyfile(path, temporary)
+    os.replace(temporary, path.with_name(name))
+    _sync_folder(path.parent)
+
+
 def _sync_folder(folder: Path) -> None:
     """Make a rename in `folder` outlive a power cut, where the file system can promise that."""
     descriptor = os.open(folder, os.O_RDONLY)
@@ -53,8 +70,11 @@ def _sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def load_checkpoint(path: str | Path) -> dict[str, Any]:
+def load_checkpoint(path: str | Path, mmap: bool = False) -> dict[str, Any]:
     """The contents of a checkpoint file, on the CPU, unpickled without running any code.
+
+    With `mmap`, tensors are read from the file when they are used, into memory that processes on
+    a machine share.
 
     Accepts files of this project, the published {"model": ...} files (an argparse.Namespace under
     "args" becomes a dict) and bare state dicts, also as .safetensors, which are returned as
@@ -65,7 +85,7 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
         UserError: it is missing, or can't be read just now.
     """
     path = str(path)
-    contents = _download(path) if path.startswith("https://") else _read(path)
+    contents = _download(path) if path.startswith("https://") else _read(path, mmap)
     if not isinstance(contents, dict) or not contents:
         raise TornCheckpoint(f"{path} holds no model weights: not a checkpoint of a model")
     if all(isinstance(value, torch.Tensor) for value in contents.values()):
@@ -83,7 +103,7 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
 
 
 def _read(path: str, mmap: bool = False) -> Any:
-    """What is in a local file; with `mmap`, tensors are read when they are first used."""
+    """What is in a local file."""
     try:
         if not os.path.isfile(path):
             os.stat(path)  # says what is wrong, unless it is a folder
@@ -133,13 +153,14 @@ def _first_line(error: BaseException) -> str:
 
 
 def find_checkpoint(
-    resume: str, output_dir: str | Path
+    resume: str, output_dir: str | Path, mmap: bool = False
 ) -> tuple[dict[str, Any], str | Path] | None:
     """The contents of the checkpoint to resume and its path, or None for a new training.
 
     Args:
         resume: "auto" for the newest whole checkpoint in output_dir, "none", or a path.
         output_dir: the folder of this training's checkpoints.
+        mmap: see `load_checkpoint`.
 
     Raises:
         UserError: the file of the given path can't be used; a file in output_dir can't be read
@@ -148,11 +169,11 @@ def find_checkpoint(
     if resume == "none":
         return None
     if resume != "auto":
-        return load_checkpoint(resume), resume
+        return load_checkpoint(resume, mmap), resume
     candidates = checkpoints_in(output_dir)
     for path in sorted(candidates, key=sort_key, reverse=True):
         try:
-            return load_checkpoint(path), path
+            return load_checkpoint(path, mmap), path
         except TornCheckpoint as error:
             warn(f"{error}; trying an older checkpoint")
     if candidates:

@@ -8,6 +8,7 @@ import os
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -25,21 +26,23 @@ class Process:
     rank: int
     world_size: int
     device: torch.device
+    timeout: timedelta = timedelta(minutes=30)  # how long to wait for another process
 
     @property
     def is_main(self) -> bool:
         return self.rank == 0
 
 
-def select_device(name: str, local_rank: int = 0) -> torch.device:
+def select_device(name: str, local_rank: int = 0, local_world_size: int = 1) -> torch.device:
     """A process's device.
 
     Args:
         name: auto (CUDA where there is some, else the CPU), cpu, cuda or cuda:INDEX.
         local_rank: the process's number on this machine, and its device's without an INDEX.
+        local_world_size: how many processes there are on this machine.
 
     Raises:
-        UserError: there is no such device.
+        UserError: there is no such device, or it is one device for several processes.
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
@@ -54,6 +57,10 @@ def select_device(name: str, local_rank: int = 0) -> torch.device:
         raise UserError(
             f"--device {name}: this machine has no usable CUDA device, use --device cpu"
         )
+    if device.index is not None and local_world_size > 1:
+        raise UserError(
+            f"--device {name} is one device for {local_world_size} processes: use --device cuda"
+        )
     device = torch.device("cuda", local_rank if device.index is None else device.index)
     if device.index >= torch.cuda.device_count():
         raise UserError(
@@ -65,29 +72,36 @@ def select_device(name: str, local_rank: int = 0) -> torch.device:
 
 
 @contextlib.contextmanager
-def process_group(device: str) -> Iterator[Process]:
+def process_group(device: str, timeout_minutes: float = 30) -> Iterator[Process]:
     """Join the group of processes that torchrun started, within this context.
 
     Args:
         device: `--device`: auto, cpu, cuda or cuda:INDEX.
+        timeout_minutes: how long a process waits for the others before it gives up.
 
     Yields:
         this `Process`.
 
     Raises:
-        UserError: there is no such device.
+        UserError: there is no such device; the processes can't reach each other.
     """
-    rank, world_size, local_rank = (
+    rank, world_size, local_rank, local_world_size = (
         int(os.environ.get(name, default))
-        for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0))
+        for name, default in (
+            ("RANK", 0),
+            ("WORLD_SIZE", 1),
+            ("LOCAL_RANK", 0),
+            ("LOCAL_WORLD_SIZE", 1),
+        )
     )
-    selected = select_device(device, local_rank)
+    selected = select_device(device, local_rank, local_world_size)
     if world_size == 1:
         yield Process(0, 1, selected)
         return
-    process = Process(rank, world_size, selected)
+    process = Process(rank, world_size, selected, timedelta(minutes=timeout_minutes))
     backend = "nccl" if process.device.type == "cuda" else "gloo"
-    dist.init_process_group(backend)
+    with _explain_gloo():
+        dist.init_process_group(backend, timeout=process.timeout)
     leaving_together = False
     try:
         yield process
@@ -100,6 +114,20 @@ def process_group(device: str) -> Iterator[Process]:
         # never come: leave at once instead, and torchrun ends them.
         if leaving_together or backend == "gloo":
             dist.destroy_process_group()
+
+
+@contextlib.contextmanager
+def _explain_gloo() -> Iterator[None]:
+    """Turn what gloo says when processes can't connect into a UserError that says what to do."""
+    try:
+        yield
+    except RuntimeError as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(
+            f"the processes can't reach each other ({reason}): gloo uses the address that the host "
+            "name stands for; set GLOO_SOCKET_IFNAME to the network interface that the machines "
+            "share, such as eth0"
+        ) from error
 
 
 def data_parallel(model: nn.Module, process: Process) -> nn.Module:
@@ -144,8 +172,11 @@ class Agreement:
     The all-reduce runs on the CPU beside the step, so that no step waits for it.
     """
 
-    def __init__(self) -> None:
-        self._group = dist.new_group(backend="gloo") if dist.is_initialized() else None
+    def __init__(self, process: Process) -> None:
+        self._group = None
+        if process.world_size > 1:
+            with _explain_gloo():
+                self._group = dist.new_group(backend="gloo", timeout=process.timeout)
         self._pending: tuple[torch.Tensor, Any] | None = None
 
     def __call__(self, value: int) -> int:

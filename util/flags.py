@@ -110,11 +110,13 @@ def add_data_flags(parser: argparse.ArgumentParser) -> None:
         "--data_path", type=path, metavar="DIR", required=True, help="folder of the images"
     )
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     free.add_argument(
         "--num_workers",
         type=integer(0),
-        default=min(10, cores or 1),
-        help="processes that load images; results don't depend on it",
+        default=max(1, min(10, (cores or 1) // processes)),
+        help="processes that load images for each training process; results don't depend on it; "
+        "the default shares out the machine's cores",
     )
     free.add_argument(
         "--pin_mem", action="store_true", default=True, help="page-locked batches, for CUDA"
@@ -253,6 +255,12 @@ def add_runtime_flags(parser: argparse.ArgumentParser, grad_checkpointing: bool 
     )
     free.add_argument(
         "--log_every", type=integer(1), default=20, help="steps between console lines"
+    )
+    free.add_argument(
+        "--timeout_minutes",
+        type=number(above=True),
+        default=30,
+        help="how long a process waits for the others, which may read or save, before it gives up",
     )
     if grad_checkpointing:
         free.add_argument(

@@ -1,6 +1,9 @@
 """Faster or smaller ways to run the same model."""
 
 import ctypes
+import importlib.util
+import os
+import shutil
 import sys
 from functools import partial
 
@@ -9,6 +12,8 @@ from timm.layers import DropPath
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+
+from util.errors import UserError
 
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's malloc.h
 
@@ -32,11 +37,17 @@ def prepare(
         compile: compile the blocks at their first use, one graph for each kind of block.
         grad_checkpointing: keep only the blocks' inputs for the backward pass and recompute the
             rest there: less memory for about a third more work.
+
+    Raises:
+        UserError: this machine lacks what compiling needs.
     """
     for module in model.modules():
         if hasattr(module, "fused_attn") and device.type == "cpu" and dtype is torch.bfloat16:
             module.fused_attn = False
+    if dtype is None:
+        torch.backends.cudnn.allow_tf32 = False  # convolutions use it by default
     if compile:
+        _check_compiler(device)
         # Else the blocks' graphs are cut where DDP's buckets of gradients end.
         torch._dynamo.config.optimize_ddp = False
     for block in [module for module in model.modules() if isinstance(module, Block)]:
@@ -48,6 +59,21 @@ def prepare(
             block.forward = torch.compile(block.forward, dynamic=False, fullgraph=True)
         if grad_checkpointing:
             block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+
+
+def _check_compiler(device: torch.device) -> None:
+    """Refuse, with a UserError, to compile without the tools that torch.compile calls."""
+    if device.type == "cuda" and importlib.util.find_spec("triton") is None:
+        raise UserError("--compile needs Triton on a GPU: pip install triton, or leave it out")
+    variable, names = ("CXX", ["g++", "clang++"])
+    if device.type == "cuda":
+        variable, names = ("CC", ["gcc", "clang", "cc"])
+    given = os.environ.get(variable)
+    if not any(shutil.which(name) for name in ([given] if given else names)):
+        raise UserError(
+            f"--compile needs a compiler, and there is no {given or ' or '.join(names)}: install "
+            f"one (and name it in {variable}), or leave out --compile"
+        )
 
 
 class TensorDropPath(nn.Module):

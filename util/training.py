@@ -6,6 +6,7 @@ import shutil
 import signal
 import sys
 import time
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,7 +20,15 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 import util
 from util import distributed
-from util.checkpoint import BEST, LAST, checkpoints_in, find_checkpoint, save_checkpoint, sort_key
+from util.checkpoint import (
+    BEST,
+    LAST,
+    checkpoints_in,
+    find_checkpoint,
+    link_checkpoint,
+    save_checkpoint,
+    sort_key,
+)
 from util.errors import UserError, say, warn
 from util.stopping import StopSignals
 
@@ -56,7 +65,10 @@ class TrainingState:
 
 
 class Checkpoints:
-    """The checkpoints of a training in output_dir: rank 0 writes, once all processes agree.
+    """The checkpoints of a training in output_dir, of which rank 0 writes one at a time.
+
+    A save copies the state to the host; a thread writes it while the training goes on. The next
+    save, and the end of the run, wait for it.
 
     Args:
         output_dir: the folder of the checkpoints.
@@ -90,8 +102,10 @@ class Checkpoints:
         self.save_every = save_every
         self.save_seconds = 60 * save_minutes
         self.last_save_succeeded = True
+        self._thread = ThreadPoolExecutor(max_workers=1)
+        self._writing: Future[None] | None = None
         self._next_save = time.monotonic() + self.save_seconds
-        self._agree = distributed.Agreement()
+        self._agree = distributed.Agreement(process)
 
     def restore(self, state: TrainingState, resume: str) -> None:
         """Load a checkpoint into `state`, if there is one.
@@ -105,7 +119,9 @@ class Checkpoints:
         """
         if any(other != self.settings for other in distributed.gather(self.settings)):
             raise UserError("the processes were given different flags or see different files")
-        found = find_checkpoint(resume, self.output_dir)
+        # Processes of a machine read the file once. On a CPU the state itself would stay in it.
+        mmap = self.process.device.type == "cuda"
+        found = find_checkpoint(resume, self.output_dir, mmap)
         place = found and (found[0].get("epoch"), found[0].get("step"))
         if any(other != place for other in distributed.gather(place)):
             raise UserError(
@@ -198,14 +214,14 @@ class Checkpoints:
         agreed = self._agree(1 + self.signals.received if self.signals.received else int(is_time))
         if agreed:
             meter.flush()
-            self._save(LAST, state)
+            self._save([LAST], state)
         if agreed > 1:
             self._agree.settle()
             self._stop(state, agreed - 1)
 
     def save_last(self, state: TrainingState) -> None:
         """Renew `LAST`, after an epoch's last step: the evaluation that follows may fail."""
-        self._save(LAST, state)
+        self._save([LAST], state)
 
     def keeps(self, epoch: int) -> bool:
         """Whether the epoch's checkpoint is kept under its number."""
@@ -218,12 +234,13 @@ class Checkpoints:
             state: after the epoch's last step.
             score: the epoch with the highest one is saved as `BEST`.
         """
+        names = [LAST]
+        if self.keeps(state.epoch):
+            names.insert(0, f"checkpoint-{state.epoch}.pth")
         if score is not None and (state.best is None or score > state.best):
             state.best = score
-            self._save(BEST, state, epoch_is_done=True)
-        if self.keeps(state.epoch):
-            self._save(f"checkpoint-{state.epoch}.pth", state, epoch_is_done=True)
-        self._save(LAST, state, epoch_is_done=True)
+            names.insert(0, BEST)
+        self._save(names, state, epoch_is_done=True)
 
     def stop_if_asked(self, state: TrainingState) -> None:
         """After a saved epoch, unless it is the last: a SystemExit if a process got a signal."""
@@ -235,13 +252,14 @@ class Checkpoints:
     def finish(self) -> None:
         """End a training; a UserError if its last checkpoint could not be written."""
         self._agree.settle()
+        self._settle()
         if not self.last_save_succeeded:
             raise UserError(
                 f"the final checkpoint could not be written to {self.output_dir}: free some space"
             )
 
-    def _save(self, name: str, state: TrainingState, epoch_is_done: bool = False) -> None:
-        """Write `state` as output_dir/`name`; returns in all processes once it is on the disk.
+    def _save(self, names: list[str], state: TrainingState, epoch_is_done: bool = False) -> None:
+        """Begin to write `state` to output_dir, as one file of these names.
 
         A file that can't be written is a warning, and leaves an older one of its name untouched.
 
@@ -267,25 +285,51 @@ class Checkpoints:
         }
         for part in ("model", "optimizer"):
             tensors = [leaf for leaf in tree_leaves(contents[part]) if isinstance(leaf, Tensor)]
-            if not all(tensor.isfinite().all() for tensor in tensors):
+            # One wait for a GPU; an optimizer that fp16 has not let step yet has no tensors.
+            if tensors and not torch.stack([tensor.isfinite().all() for tensor in tensors]).all():
                 raise UserError(
                     f"the {part} holds values that are not finite after step {state.step} of epoch "
                     f"{state.epoch}, no checkpoint is written: start anew in another --output_dir "
                     "with a lower --lr"
                 )
         self._next_save = time.monotonic() + self.save_seconds
-        succeeded = True
         if self.process.is_main:
-            try:
-                on_cpu = tree_map_only(Tensor, Tensor.cpu, contents)
-                save_checkpoint(self.output_dir / name, on_cpu)
-            except OSError as error:
-                warn(f"{error}; the previous checkpoint, if any, is intact")
-                succeeded = False
-        # When one process exits, torchrun kills the rest.
-        self.last_save_succeeded = all(distributed.gather(succeeded))
+            self._finish_writing()
+            copies = tree_map_only(
+                Tensor, lambda tensor: tensor.to("cpu", non_blocking=True, copy=True), contents
+            )
+            if self.process.device.type == "cuda":
+                torch.cuda.synchronize()
+            self._writing = self._thread.submit(self._write, names, copies)
+
+    def _write(self, names: list[str], contents: dict[str, Any]) -> None:
+        first, *others = names
+        save_checkpoint(self.output_dir / first, contents)
+        for name in others:
+            link_checkpoint(self.output_dir / first, name)
+
+    def _finish_writing(self) -> None:
+        """Wait for the file that is being written, if there is one."""
+        if self._writing is None:
+            return
+        try:
+            self._writing.result()
+            self.last_save_succeeded = True
+        except OSError as error:
+            warn(f"{error}; the previous checkpoint, if any, is intact")
+            self.last_save_succeeded = False
+        self._writing = None
+
+    def _settle(self) -> None:
+        """Wait in all processes until the last save is on the disk or has failed.
+
+        When one process exits, torchrun kills the rest.
+        """
+        self._finish_writing()
+        self.last_save_succeeded = all(distributed.gather(self.last_save_succeeded))
 
     def _stop(self, state: TrainingState, received: int) -> None:
+        self._settle()
         command = "the same command" + " with --resume auto" * (self._resume != "auto")
         outcome = f"{command} continues from {self.output_dir / LAST}"
         if not self.last_save_succeeded:

@@ -1,0 +1,62 @@
+"""What a run that has no memory left can do."""
+
+import contextlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+from util.errors import UserError
+
+COUNTED = Path(__file__).parent.parent / "benchmarks" / "results" / "memory.json"
+
+
+@contextlib.contextmanager
+def explain_running_out(
+    batch_size: int,
+    model: str | None = None,
+    input_size: int | tuple[int, int] | None = None,
+) -> Iterator[None]:
+    """Turn an allocation that fails, on a GPU or a CPU, into a UserError that says what helps.
+
+    Args:
+        batch_size: images per process and step.
+        model: name of the model; None where --grad_checkpointing would not help.
+        input_size: size of its images, in pixels, an int or (height, width).
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        is_gpu = isinstance(error, torch.OutOfMemoryError)
+        if not is_gpu and "can't allocate memory" not in str(error):
+            raise
+        problem = f"out of memory with --batch_size {batch_size}"
+        if model is None:
+            raise UserError(f"{problem}: lower it") from error
+        if gib := counted_gib(batch_size, model, input_size):
+            problem += ", which takes about {:.1f} GiB, or {:.1f} with --grad_checkpointing"
+        raise UserError(
+            f"{problem.format(*gib)}: add --grad_checkpointing to the same command, which then "
+            "continues from the last checkpoint, or start anew in another --output_dir with a "
+            "lower --batch_size and a higher --accum_iter (docs/memory.md says what fits)"
+        ) from error
+
+
+def counted_gib(
+    batch_size: int, model: str, input_size: int | tuple[int, int] | None
+) -> list[float]:
+    """What `benchmarks.memory` has counted for a training step in bf16.
+
+    Returns:
+        GiB without and with --grad_checkpointing; nothing where this was not counted.
+    """
+    try:
+        results = json.loads(COUNTED.read_text())["results"]
+    except OSError:
+        return []
+    counted = (results["pretrain"] | results["finetune"]).get(model, {})
+    if counted.get("input_size") != input_size:
+        return []
+    lines = (counted["plain"], counted["grad_checkpointing"])
+    return [line["fixed_gib"] + batch_size * line["mib_per_image"] / 1024 for line in lines]
