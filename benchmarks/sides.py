@@ -59,6 +59,11 @@ class Setting:
             self.model, img_size=self.input_size, num_classes=CLASSES, drop_path_rate=0.1
         )
 
+    def build_sizes(self):
+        """The model for its sizes only; without values, unless timm reads them (1.0.12 does)."""
+        with torch.device("meta" if self.task == "pretrain" else "cpu"):
+            return self.build_model()
+
     def batch_augmentation(self):
         """Random erasing and mixup as in the ImageNet recipe for fine-tuning."""
         return {
@@ -182,8 +187,7 @@ def transformers(setting):
     """
     import transformers as hf
 
-    with torch.device("meta"):
-        ours = setting.build_model()
+    ours = setting.build_sizes()
     width = ours.cls_token.shape[-1]
     sizes = {
         "hidden_size": width,
@@ -230,8 +234,7 @@ def lightly(setting):
         MaskedVisionTransformerTIMM,
     )
 
-    with torch.device("meta"):
-        ours = setting.build_model()
+    ours = setting.build_sizes()
     vit = models_vit.build_model(
         setting.model.removeprefix("mae_"), img_size=setting.input_size, num_classes=0
     )

@@ -248,8 +248,7 @@ def training_flop(setting):
     The backward pass counts twice the forward pass. In masked autoencoders every patch is projected
     and, with the class token, decoded, as in the paper.
     """
-    with torch.device("meta"):
-        model = setting.build_model()
+    model = setting.build_sizes()
     patches, width = model.patch_embed.num_patches, model.cls_token.shape[-1]
     patch_values = 3 * math.prod(model.patch_embed.patch_size)
     projection = 2 * patches * patch_values * width

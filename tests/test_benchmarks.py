@@ -89,6 +89,7 @@ def test_sides_are_of_the_same_size(monkeypatch):
     assert len(set(sizes)) == 1
 
 
+@pytest.mark.skipif(torch.__version__ < "2.7", reason="torch 2.6 compiles each layer anew")
 @pytest.mark.parametrize(
     "task, model, graphs",
     [("pretrain", "mae_vit_nano_patch4", 2), ("finetune", "vit_nano_patch4", 1)],
