@@ -90,16 +90,22 @@ def train_or_evaluate(args, train, evaluate):
             speed.keep_freed_memory()
         amp_dtype = precision.resolve_amp(args.amp, process.device)
         cli.make_output_dirs(args.output_dir, args.log_dir, process)
-        trained = args.model if train is finetune and not args.eval else None
-        with memory.explain_running_out(args.batch_size, trained, args.input_size):
-            if args.eval:
+        if args.eval:
+            with memory.explain_running_out(args.batch_size):
                 evaluate(args, process, amp_dtype)
-            else:
-                with locking.lock(args.output_dir, process):
-                    train(args, process, amp_dtype)
+        else:
+            with locking.lock(args.output_dir, process):
+                train(args, process, amp_dtype)
 
 
 def finetune(args, process, amp_dtype):
+    with memory.explain_running_out(
+        args.batch_size, args.model, args.input_size, amp_dtype, args.grad_checkpointing
+    ):
+        train_whole_model(args, process, amp_dtype)
+
+
+def train_whole_model(args, process, amp_dtype):
     # ---- setup
     mixes = args.mixup > 0 or args.cutmix > 0 or args.cutmix_minmax is not None
     if mixes and args.batch_size % 2:
@@ -242,7 +248,7 @@ def train_classifier(
     # ---- train
     parameters = sum(p.numel() for p in trained.parameters())
     parallel_model = distributed.data_parallel(model, process)
-    with log, signals:
+    with log, signals, checkpoints:
         while state.epoch < args.epochs:
             meter = logs.Meter(log, state, train_loader, args.log_every)
             record = train_one_epoch(

@@ -24,7 +24,7 @@ from main_finetune import (
     train_classifier,
     train_or_evaluate,
 )
-from util import checkpoint, cli, data, flags, precision, pretrained, speed
+from util import checkpoint, cli, data, flags, memory, precision, pretrained, speed
 from util.errors import UserError
 from util.lars import LARS
 from util.seeding import derive_seed
@@ -58,6 +58,11 @@ def main(args):
 
 
 def probe(args, process, amp_dtype):
+    with memory.explain_running_out(args.batch_size):
+        train_head(args, process, amp_dtype)
+
+
+def train_head(args, process, amp_dtype):
     if args.batch_size < 2:
         raise UserError("batch_size 1 has no statistics for BatchNorm: take at least 2")
     loaders = make_loaders(args, process, data.probe_transform(args.input_size))

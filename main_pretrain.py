@@ -73,7 +73,9 @@ def main(args):
         cli.make_output_dirs(args.output_dir, args.log_dir, process)
         with (
             locking.lock(args.output_dir, process),
-            memory.explain_running_out(args.batch_size, args.model, args.input_size),
+            memory.explain_running_out(
+                args.batch_size, args.model, args.input_size, amp_dtype, args.grad_checkpointing
+            ),
         ):
             pretrain(args, process, amp_dtype)
 
@@ -147,7 +149,7 @@ def pretrain(args, process, amp_dtype):
     )
 
     # ---- train
-    with log, signals:
+    with log, signals, checkpoints:
         while state.epoch < args.epochs:
             meter = logs.Meter(log, state, train_loader, args.log_every)
             record = train_one_epoch(

@@ -142,14 +142,7 @@ def without_values(device):
 
     On CUDA attention is flash attention. What would call CUDA's driver or read values is replaced.
     """
-    generator = torch.Generator
-    patches = {
-        "torch.cuda._lazy_init": lambda: None,
-        "torch.cuda.amp.common.amp_definitely_not_available": lambda: False,
-        "torch.cuda.is_bf16_supported": lambda including_emulation=True: True,
-        "torch.Generator": lambda device="cpu": generator(),
-        "torch._C._current_graph_task_id": lambda: 0,  # checkpointing asks for it
-        "torch.Tensor.backward": backward,
+    patches = without_driver() | {
         "torch.nn.Module.to": lambda module, _device: module,
         "util.data._channel_statistics": data._channel_statistics.__wrapped__,  # not kept
         "util.optim.adamw": adamw_in_use,
@@ -165,6 +158,19 @@ def without_values(device):
         stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
         stack.enter_context(torch.autograd.graph.saved_tensors_hooks(saved.pack, saved.unpack))
         yield stack.enter_context(Counter(device))
+
+
+def without_driver():
+    """What to replace where CUDA's driver is missing: names and replacements."""
+    generator = torch.Generator
+    return {
+        "torch.cuda._lazy_init": lambda: None,
+        "torch.cuda.amp.common.amp_definitely_not_available": lambda: False,
+        "torch.cuda.is_bf16_supported": lambda including_emulation=True: True,
+        "torch.Generator": lambda device="cpu": generator(),
+        "torch._C._current_graph_task_id": lambda: 0,  # checkpointing asks for it
+        "torch.Tensor.backward": backward,
+    }
 
 
 def adamw_in_use(groups, *, betas, adamw=optim.adamw):

@@ -183,7 +183,7 @@ def plain(setting):
 def transformers(setting):
     """transformers' model of the same sizes with SDPA and fused AdamW.
 
-    Compiled are its layers, one graph for each kind, as ours: the whole model takes minutes.
+    With `compile` its layers are compiled, one graph for each kind, as ours are.
     """
     import transformers as hf
 

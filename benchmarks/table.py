@@ -16,9 +16,9 @@ are medians over the rounds after it, with the lowest and the highest in bracket
 turns of the same round. *MFU* is the share of the machine's peak that the method's operations need;
 the peak is measured by products of large square matrices. *The plain loop* trains this project's
 model eagerly, with an explicit softmax, unfused AdamW, float images and a wait for the device in
-each step; *transformers* and *lightly* have SDPA and fused AdamW. *Compiled* are the transformer
-blocks, everywhere. *Time lost*, compared with bare steps on synthetic images, includes a checkpoint
-every 5 minutes.{no_gpu}
+each step; *transformers* and *lightly* have SDPA and fused AdamW. *Compiled* sides have compiled
+transformer blocks. *Time lost*, compared with bare steps on synthetic images, includes writing a
+checkpoint every 5 minutes, as if training waited for it.{no_gpu}
 
 The tables at commit 55aa76d, on Zen 5, were measured with code that is gone: float32 linear layers
 were convolutions there, and the model had a shorter path for training, worth about 1%.
@@ -53,9 +53,9 @@ confirmed the tables yet.
   encoder keeps nothing for a backward pass.
 
 The columns on the right show the largest batch that a card takes: a multiple of 64, or of 8 below
-64. They end at 4096, the paper's batch. A dash means that a batch of 8 does not fit. Counted as
-usable is a card's memory less 8% for fragmentation and 1 GiB for CUDA and its libraries. These two
-are assumptions, as is the memory of a card:
+64. They end at 4096, the paper's batch. A dash means that a batch of 8 does not fit. A card's
+usable memory is its memory less 8% for fragmentation and 1 GiB for CUDA and its libraries. These
+two are assumptions, as is the memory of a card:
 
 """
 ESTIMATE_INTRODUCTION = """## Images a second: an estimate

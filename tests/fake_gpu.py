@@ -15,7 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
-from benchmarks.counting import GPU, backward
+from benchmarks.counting import GPU, without_driver
 from util import data
 
 ROOT = Path(__file__).parent.parent
@@ -37,6 +37,7 @@ class FakeGPU(TorchDispatchMode):
     Attributes:
         waits: functions of this project, as "module.function", in which the host would wait for
             the GPU: one entry a value that is read, which is 1, or a copy not `non_blocking`.
+        unfinished: copies to the host that may still be under way: it has not waited since.
         linear_types: of the matrices that linear layers multiplied.
     """
 
@@ -44,6 +45,7 @@ class FakeGPU(TorchDispatchMode):
         super().__init__()
         self._fake = FakeTensorMode(allow_non_fake_inputs=True)
         self.waits = []
+        self.unfinished = 0
         self.linear_types = set()
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
@@ -67,9 +69,17 @@ class FakeGPU(TorchDispatchMode):
             self.linear_types |= {x.dtype for x in tensors}
         copies = func in COPIES
         devices = {x.device.type for x in tensors if copies or x.ndim or x.is_cuda}
-        if len(devices) > 1 and not (copies and _goes_on(func, args, kwargs, out)):
-            self.wait()
+        if len(devices) > 1:
+            if not (copies and _goes_on(func, args, kwargs)):
+                self.wait()
+            elif not out.is_cuda:
+                self.unfinished += 1
         return tree_map(with_values, out)
+
+    def synchronize(self):
+        """In place of torch.cuda.synchronize."""
+        self.wait()
+        self.unfinished = 0
 
     def wait(self):
         """Note the function of this project that is running."""
@@ -85,11 +95,11 @@ class FakeGPU(TorchDispatchMode):
         return ours and not code.co_name.startswith("<")
 
 
-def _goes_on(copy, args, kwargs, out):
-    """Whether the host goes on during a copy between devices: one to the GPU, if it is told to."""
+def _goes_on(copy, args, kwargs):
+    """Whether the host goes on during a copy between devices, because it is told to."""
     if copy is aten._to_copy.default:
-        return out.is_cuda and kwargs.get("non_blocking", False)
-    return args[0].is_cuda and args[2:] == (True,)
+        return kwargs.get("non_blocking", False)
+    return args[2:] == (True,)
 
 
 def with_values(x):
@@ -113,25 +123,21 @@ def to(module, device):
 @contextlib.contextmanager
 def running():
     """Commands and functions of this context compute on a `FakeGPU`, which it yields."""
-    generator = torch.Generator
     torch._C._ensureCUDADeviceGuardSet()
     before = torch._C._only_lift_cpu_tensors()
     torch._C._set_only_lift_cpu_tensors(True)  # torch.tensor(..., device=GPU) as an operation
     data._channel_statistics.cache_clear()
+    gpu = FakeGPU()
+    patches = without_driver() | {
+        "torch.nn.Module.to": to,
+        "torch.cuda.synchronize": gpu.synchronize,
+        "util.distributed.select_device": lambda *_: GPU,
+    }
     try:
-        with (
-            mock.patch("torch.cuda._lazy_init"),
-            mock.patch("torch.cuda.amp.common.amp_definitely_not_available", lambda: False),
-            mock.patch("torch.cuda.is_bf16_supported", lambda including_emulation=True: True),
-            mock.patch("torch.Generator", lambda device="cpu": generator()),
-            mock.patch("torch._C._current_graph_task_id", lambda: 0),  # checkpointing asks for it
-            mock.patch("torch.Tensor.backward", backward),
-            mock.patch("torch.nn.Module.to", to),
-            mock.patch("util.distributed.select_device", lambda *_: GPU),
-            FakeGPU() as gpu,
-            mock.patch("torch.cuda.synchronize", lambda: gpu.wait()),
-        ):
-            yield gpu
+        with contextlib.ExitStack() as stack:
+            for name, replacement in patches.items():
+                stack.enter_context(mock.patch(name, replacement))
+            yield stack.enter_context(gpu)
     finally:
         torch._C._set_only_lift_cpu_tensors(before)
         data._channel_statistics.cache_clear()

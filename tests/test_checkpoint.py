@@ -15,7 +15,13 @@ import pytest
 import torch
 from helpers import ROOT, run, start_fresh
 
-from util.checkpoint import TornCheckpoint, find_checkpoint, load_checkpoint, save_checkpoint
+from util.checkpoint import (
+    TornCheckpoint,
+    find_checkpoint,
+    link_checkpoint,
+    load_checkpoint,
+    save_checkpoint,
+)
 
 
 def test_a_save_replaces_the_file_and_leaves_nothing_else(tmp_path):
@@ -179,6 +185,46 @@ def test_a_file_that_cannot_be_read_now_stops_the_run(
         f"checkpoint {unreadable} can't be read: {reason.get(failure, 'MemoryError')}"
     )
     assert contents.items() <= {p.name: p.read_bytes() for p in out_dir.iterdir()}.items()
+
+
+def test_a_link_left_by_a_killed_run_is_not_written_into(tmp_path):
+    best, last = tmp_path / "checkpoint-best.pth", tmp_path / "checkpoint-last.pth"
+    save_checkpoint(best, progress(0, 5, True))
+    os.link(best, tmp_path / ".checkpoint-last.pth.tmp")
+    save_checkpoint(last, progress(1, 5, True))
+    assert (load_checkpoint(best)["epoch"], load_checkpoint(last)["epoch"]) == (0, 1)
+
+
+def test_a_link_that_fails_leaves_nothing(tmp_path, monkeypatch):
+    """Where there are no links, on a full disk; the error names the file."""
+    best, last = tmp_path / "checkpoint-best.pth", tmp_path / "checkpoint-last.pth"
+    save_checkpoint(best, progress(0, 5, True))
+
+    def full(_source, target):
+        target.write_bytes(b"half")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("os.link", lambda *_: full(*_))
+    monkeypatch.setattr("shutil.copyfile", full)
+    with pytest.raises(OSError, match=f"{last} could not be written: .*No space left"):
+        link_checkpoint(best, last.name)
+    assert [path.name for path in tmp_path.iterdir()] == [best.name]
+
+
+def test_a_file_that_cannot_be_mapped_is_read(tmp_path, monkeypatch):
+    """As on some network file systems: it is not torn."""
+    for epoch, name in enumerate(("checkpoint-0.pth", "checkpoint-last.pth")):
+        save_checkpoint(tmp_path / name, progress(epoch, 5, True))
+    load = torch.load
+
+    def unmappable(*args, mmap=False, **kwargs):
+        if mmap:
+            raise RuntimeError("unable to mmap: No such device (19)")
+        return load(*args, **kwargs)
+
+    monkeypatch.setattr("torch.load", unmappable)
+    contents, path = find_checkpoint("auto", tmp_path, mmap=True)
+    assert (contents["epoch"], path.name) == (1, "checkpoint-last.pth")
 
 
 def test_every_torn_file_is_called_torn(tmp_path):

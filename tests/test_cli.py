@@ -1,16 +1,20 @@
 """Bad input: one line on stderr that says what is wrong, exit code 2, before any training."""
 
 import json
+import re
+from datetime import timedelta
 from functools import partial
 
 import pytest
 import torch
+import torch.distributed as dist
 from helpers import command_line, run, start_fresh, write_images
 
 import main_finetune
 import main_linprobe
 import main_pretrain
 from util import cli, distributed, memory, precision
+from util.errors import UserError
 
 
 @pytest.fixture
@@ -412,13 +416,15 @@ def test_scripts_exit_with_the_error(tmp_path):
     "error",
     [
         torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate"),
         RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate"),
     ],
+    ids=["device", "library", "host"],
 )
 def test_running_out_of_memory(
     pretrain_flags, pretrain_error, monkeypatch, tmp_path, error, counted_size
 ):
-    """What it takes is said where it was counted: for this model and size."""
+    """What it takes is said where it was counted: on a GPU in bf16, for this model and size."""
 
     def run_out(*_args, **_kwargs):
         raise error
@@ -432,13 +438,17 @@ def test_running_out_of_memory(
     counted = tmp_path / "memory.json"
     counted.write_text(json.dumps({"results": results | {"finetune": {}}}))
     monkeypatch.setattr(memory, "COUNTED", counted)
-    takes = ", which takes about 3.0 GiB, or 2.0 with --grad_checkpointing"
-    assert pretrain_error(pretrain_flags) == (
-        f"error: out of memory with --batch_size 2{takes if counted_size == 8 else ''}: "
-        "add --grad_checkpointing to the same command, which then continues from the last "
-        "checkpoint, or start anew in another --output_dir with a lower --batch_size and a higher "
-        "--accum_iter (docs/memory.md says what fits)"
+    is_counted = counted_size == 8 and "Default" not in str(error)
+    takes = ", which takes about 3.0 GiB, or 2.0 with --grad_checkpointing" if is_counted else ""
+    add = "add --grad_checkpointing to the same command, which then continues from the last "
+    anew = (
+        "start anew in another --output_dir with a lower --batch_size and a higher --accum_iter "
+        "(docs/memory.md says what fits)"
     )
+    problem = "error: out of memory with --batch_size 2"
+    assert pretrain_error(pretrain_flags) == f"{problem}: {add}checkpoint, or {anew}"
+    bf16 = {"amp": "bf16", "output_dir": tmp_path / "bf16", "grad_checkpointing": True}
+    assert pretrain_error(pretrain_flags | bf16) == f"{problem}{takes}: {anew}"
 
 
 def test_running_out_of_memory_where_recomputing_is_no_help(
@@ -493,6 +503,53 @@ def test_workers_share_the_cores_of_a_machine(monkeypatch, processes, workers):
         monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
     parser = main_pretrain.get_args_parser()
     assert parser.get_default("num_workers") == workers
+
+
+@pytest.fixture
+def group_of_two(monkeypatch):
+    """This process is one of two; returns what torch is told of them."""
+    told = []
+    for name, value in (("RANK", 0), ("WORLD_SIZE", 2), ("LOCAL_RANK", 0), ("LOCAL_WORLD_SIZE", 2)):
+        monkeypatch.setenv(name, str(value))
+    for function in ("init_process_group", "new_group"):
+        monkeypatch.setattr(dist, function, lambda *_, **options: told.append(options["timeout"]))
+    monkeypatch.setattr(dist, "destroy_process_group", lambda: None)
+    return told
+
+
+def test_a_process_waits_for_the_others_as_long_as_it_is_told(group_of_two):
+    with distributed.process_group("cpu", 7.5) as process:
+        distributed.Agreement(process)
+    assert group_of_two == [timedelta(minutes=7.5)] * 2
+
+
+@pytest.mark.parametrize("command", [main_pretrain, main_finetune, main_linprobe])
+def test_commands_pass_the_flag_on(command, classify_flags, monkeypatch):
+    def stop(*args):
+        raise UserError(f"given {args}")
+
+    monkeypatch.setattr(distributed, "process_group", stop)
+    flags = classify_flags | {"timeout_minutes": 4}
+    if command is main_pretrain:
+        flags = {"data_path": classify_flags["data_path"], "timeout_minutes": 4}
+    args = command.get_args_parser().parse_args(command_line(flags))
+    with pytest.raises(UserError, match=re.escape(f"given ('{args.device}', 4.0)")):
+        command.main(args)
+
+
+def test_the_number_of_local_processes_is_known(group_of_two, monkeypatch, user_error):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    group = distributed.process_group("cuda:0")
+    assert "is one device for 2 processes" in user_error(group.__enter__)
+
+
+def test_a_meeting_point_that_is_taken_is_not_blamed_on_the_interface(group_of_two, monkeypatch):
+    def taken(*_, **_options):
+        raise dist.DistNetworkError("EADDRINUSE")
+
+    monkeypatch.setattr(dist, "init_process_group", taken)
+    with pytest.raises(dist.DistNetworkError):
+        distributed.process_group("cpu").__enter__()
 
 
 def test_processes_that_cannot_connect_are_told_of_the_interface(monkeypatch, user_error):

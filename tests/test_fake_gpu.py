@@ -7,34 +7,37 @@ import pytest
 import torch
 from helpers import CPU
 
+from util import training
+
 pytestmark = [
     pytest.mark.skipif(bool(fake_gpu.REASON), reason=fake_gpu.REASON),
     pytest.mark.filterwarnings("ignore:'pin_memory' argument is set"),
 ]
 
-# Where a run may wait for the GPU, and how many waits that makes; any number for None.
+# Where a run may wait for the GPU, and how many waits that makes at a time; any number for None.
 ONCE_A_RUN = {"fake_gpu.to": None, "data._channel_statistics": 1, "training.restore": None}
 ONCE_A_LINE = {"logs.flush": 1}
-ONCE_AN_EPOCH = {
-    "training._save": None,
-    "engine_pretrain.evaluate": 1,
-    "engine_finetune.evaluate": 3,  # values of one tensor
-}
+ONCE_AN_EPOCH = {"engine_pretrain.evaluate": 1, "engine_finetune.evaluate": 3}  # of one tensor
 PICTURES = {"main_pretrain.pretrain": None, "visualize.reconstruct": None}
+ONCE_A_SAVE = {"training._save": 3}  # is the model finite, is the optimizer, the copies are done
+SAVES = 2  # an epoch: before its evaluation and after
+SCALER = {"training._save": SAVES * 5}  # and two values of the scaler that fp16 needs
 TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "off": torch.float32}
 FLAGS = {"device": "cuda", "batch_size": 6, "log_every": 2, "epochs": 1, "warmup_epochs": 0}
 LINES = 2  # of the three steps of an epoch
 
 
-def check(gpu, *, lines=LINES, also=()):
-    """No function waits but those above, and none more often than it may."""
+def check(gpu, *, lines=LINES, saves=SAVES, also=()):
+    """No function waits but those above, and none more often than it may; all copies are done."""
     waits = Counter(gpu.waits)
     allowed = ONCE_A_RUN | ONCE_AN_EPOCH | PICTURES | dict(also)
     allowed |= {name: lines * each for name, each in ONCE_A_LINE.items()}
+    allowed |= {name: saves * each for name, each in ONCE_A_SAVE.items()} | dict(also)
     assert not waits.keys() - allowed.keys()
     for name, count in waits.items():
         assert allowed[name] in (None, count), name
     assert waits["logs.flush"] == lines
+    assert gpu.unfinished == 0
 
 
 @pytest.mark.parametrize(
@@ -48,20 +51,23 @@ def check(gpu, *, lines=LINES, also=()):
 def test_pretraining_waits_only_for_log_lines(amp, options, pretrain, pretrain_flags):
     with fake_gpu.running() as gpu:
         pretrain(pretrain_flags | FLAGS | options | {"amp": amp})
-    check(gpu)
+    check(gpu, also=SCALER if amp == "fp16" else {})
     assert gpu.linear_types == {TYPES[amp]}
 
 
-def test_a_resumed_run_does_too(pretrain, pretrain_flags):
+def test_a_resumed_run_does_too(pretrain, pretrain_flags, monkeypatch):
     """With the optimizer's state from a file, written on a CPU."""
     flags = pretrain_flags | FLAGS | {"epochs": 2, "amp": "bf16", "save_every": 1}
     pretrain(flags | {"device": "cpu"})
     for name in ("checkpoint-last.pth", "checkpoint-1.pth"):
         (flags["output_dir"] / name).unlink()
+    mapped, load = [], training.find_checkpoint
+    monkeypatch.setattr(training, "find_checkpoint", lambda *a: mapped.append(a[2]) or load(*a))
     with fake_gpu.running() as gpu:
         pretrain(flags)
     check(gpu)
     assert "training.restore" in gpu.waits
+    assert mapped == [True]  # processes of a machine share its pages
 
 
 @pytest.mark.parametrize(
@@ -77,7 +83,7 @@ def test_a_resumed_run_does_too(pretrain, pretrain_flags):
 def test_finetuning_waits_only_for_log_lines(amp, options, also, finetune, classify_flags):
     with fake_gpu.running() as gpu:
         finetune(classify_flags | FLAGS | options | {"amp": amp})
-    check(gpu, also=also)
+    check(gpu, also=SCALER if amp == "fp16" else also)
     assert gpu.linear_types == {TYPES[amp]}
 
 
@@ -98,7 +104,7 @@ def test_an_evaluation_waits_only_for_its_figures(command, request, classify_fla
         del classify_flags["finetune"]
     with fake_gpu.running() as gpu:
         main(classify_flags | FLAGS | {"eval": True, "resume": resume, "amp": "bf16"})
-    check(gpu, lines=0)
+    check(gpu, lines=0, saves=0)
     assert torch.bfloat16 in gpu.linear_types
 
 

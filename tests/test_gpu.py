@@ -16,6 +16,7 @@ from benchmarks.sides import Setting, ours
 from util import optim, speed
 from util.checkpoint import load_checkpoint
 from util.logs import Meter
+from util.memory import counted_gib
 from util.precision import autocast, grad_scaler, resolve_amp
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU that torch can use")
@@ -69,10 +70,11 @@ def classification_loss(device):
     return model.to(device), lambda: criterion(model(imgs).float(), labels)
 
 
-def train_once(build, device, dtype):
+def train_once(build, device, dtype, tf32=False):
     """An update in `dtype`; returns its loss, its gradients, and the next update's scale."""
     model, compute_loss = build(device)
     speed.prepare(model, device, dtype)
+    torch.backends.cudnn.allow_tf32 = tf32
     optimizer = optim.adamw(optim.weight_decay_groups(model, 0.05), betas=(0.9, 0.95))
     scaler = grad_scaler(device, dtype)
     with autocast(device, dtype):
@@ -102,8 +104,8 @@ def test_a_step_equals_the_cpu_s(build, amp, products, tolerance):
         pytest.skip("this GPU has no bf16")
     expected_loss, expected, _ = train_once(build, CPU, None)
     torch.set_float32_matmul_precision(products)
-    torch.backends.cudnn.allow_tf32 = products == "high"
-    loss, gradients, scale = train_once(build, GPU, resolve_amp(amp, GPU))
+    dtype = resolve_amp(amp, GPU)
+    loss, gradients, scale = train_once(build, GPU, dtype, tf32=products == "high")
     assert scale == (2**16 if amp == "fp16" else 1)  # no gradient overflowed
     assert loss.item() == pytest.approx(expected_loss.item(), rel=tolerance / 10)
     errors = {name: relative_error(gradients[name], expected[name]) for name in expected}
@@ -148,6 +150,22 @@ def test_compiled_training_is_eager_training(pretrain, gpu_flags):
         losses.append(json.loads((out_dir / "log.txt").read_text())["train_loss"])
     assert losses[1] == pytest.approx(losses[0], rel=1e-2)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2  # of encoder and decoder
+
+
+@pytest.mark.parametrize("grad_checkpointing", [False, True])
+@pytest.mark.parametrize(
+    "task, model", [("pretrain", "mae_vit_small_patch16"), ("finetune", "vit_small_patch16")]
+)
+def test_memory_is_what_was_counted(task, model, grad_checkpointing):
+    """In docs/memory.md; kernels' workspaces and the last update's gradients move it a little."""
+    if resolve_amp("auto", GPU) is not torch.bfloat16:
+        pytest.skip("this GPU has no bf16, in which memory was counted")
+    train = ours(Setting(task, model, 224, 128, GPU, "auto", False, grad_checkpointing))
+    train(2)
+    torch.cuda.reset_peak_memory_stats()
+    train(2)
+    counted = counted_gib(128, model, 224)[grad_checkpointing]
+    assert torch.cuda.max_memory_allocated() / 2**30 == pytest.approx(counted, rel=0.1)
 
 
 @pytest.mark.parametrize("amp", ["auto", "fp16", "off"])

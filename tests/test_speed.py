@@ -207,9 +207,11 @@ def group():
     dist.destroy_process_group()
 
 
-@pytest.mark.parametrize("grad_checkpointing", [False, True])
+@pytest.mark.parametrize(
+    "depth, grad_checkpointing", [(12, False), (12, True), (24, False), (32, False)]
+)
 def test_compiled_blocks_stay_whole_in_a_data_parallel_model(
-    grad_checkpointing, group, monkeypatch
+    depth, grad_checkpointing, group, monkeypatch
 ):
     """Dynamo would cut them where DDP's buckets end: a block of ViT-L in two places."""
     graphs = []
@@ -220,7 +222,7 @@ def test_compiled_blocks_stay_whole_in_a_data_parallel_model(
 
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))
     torch.compiler.reset()
-    model = models_mae.factory(4, (256, 3, 2), (64, 2, 2))(img_size=8)
+    model = models_mae.factory(4, (256, depth, 2), (64, 2, 2))(img_size=8)
     speed.prepare(model, CPU, None, compile=True, grad_checkpointing=grad_checkpointing)
     parallel = distributed.data_parallel(model, distributed.Process(0, 2, CPU))
     parallel.bucket_bytes_cap = 2**20  # a block of the encoder has three times as much
@@ -231,8 +233,8 @@ def test_compiled_blocks_stay_whole_in_a_data_parallel_model(
 @pytest.mark.parametrize(
     ("device", "lacks", "message"),
     [
-        ("cpu", "compiler", "--compile needs a compiler, and there is no g++ or clang++: install"),
-        ("cuda", "compiler", "--compile needs a compiler, and there is no gcc or clang or cc: "),
+        ("cpu", "compiler", "--compile needs a compiler, and there is no g++: install one"),
+        ("cuda", "compiler", "--compile needs a compiler, and there is no gcc or clang: install"),
         ("cuda", "triton", "--compile needs Triton on a GPU: pip install triton, or leave it out"),
     ],
 )
@@ -246,6 +248,27 @@ def test_what_compiling_lacks_is_named_before_training(
         monkeypatch.delenv(variable, raising=False)
     prepare = partial(speed.prepare, nano(), torch.device(device), None, compile=True)
     assert user_error(prepare).startswith(message)
+
+
+def test_a_block_that_cannot_be_compiled_as_a_whole_is_an_error():
+    class Breaks(torch.nn.Module):
+        def forward(self, x):
+            torch._dynamo.graph_break()
+            return x
+
+    model = nano()
+    model.blocks[0].mlp = Breaks()
+    speed.prepare(model, CPU, None, compile=True)
+    with pytest.raises(torch._dynamo.exc.Unsupported):
+        model(torch.randn(2, 3, 16, 16))
+
+
+def test_float32_has_no_tf32(monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    speed.prepare(nano(), CPU, torch.bfloat16)
+    assert torch.backends.cudnn.allow_tf32
+    speed.prepare(nano(), CPU, None)
+    assert not torch.backends.cudnn.allow_tf32
 
 
 def test_tensor_drop_path_is_timms():

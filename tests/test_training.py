@@ -4,6 +4,7 @@ import errno
 import multiprocessing
 import signal
 import threading
+import time
 
 import pytest
 import torch
@@ -77,6 +78,52 @@ def test_a_state_before_the_first_step_is_saved(tmp_path):
     checkpoints.save_last(state)
     checkpoints.finish()
     assert load_checkpoint(tmp_path / "checkpoint-last.pth")["optimizer"]["state"] == {}
+
+
+def test_a_save_is_finished_however_the_run_ends(tmp_path, monkeypatch, capsys):
+    """And a failure is said at once, not at the next save."""
+    state, checkpoints = small_training(tmp_path)
+    save = training.save_checkpoint
+
+    def slow_save(path, contents):
+        time.sleep(0.3)
+        save(path, contents)
+
+    monkeypatch.setattr(training, "save_checkpoint", slow_save)
+    with pytest.raises(RuntimeError, match="evaluation"), checkpoints:
+        checkpoints.save_last(state)
+        raise RuntimeError("in the evaluation")
+    assert load_checkpoint(tmp_path / "checkpoint-last.pth")["step"] == 1
+    (tmp_path / "checkpoint-last.pth").unlink()
+    (tmp_path / "checkpoint-last.pth").mkdir()
+    with pytest.raises(RuntimeError, match="evaluation"), checkpoints:
+        checkpoints.save_last(state)
+        raise RuntimeError("in the evaluation")
+    assert "checkpoint-last.pth could not be written" in capsys.readouterr().err
+
+
+def test_a_name_that_cannot_be_written_costs_no_other(tmp_path, capsys, user_error):
+    state, checkpoints = small_training(tmp_path)
+    (tmp_path / "checkpoint-best.pth").mkdir()
+    checkpoints.save_epoch(state, score=1.0)
+    assert "could not be written" in user_error(checkpoints.finish)
+    assert "checkpoint-best.pth could not be written" in capsys.readouterr().err
+    for name in ("checkpoint-0.pth", "checkpoint-last.pth"):
+        assert load_checkpoint(tmp_path / name)["epoch"] == 0
+
+
+def test_a_host_without_memory_for_a_copy_costs_a_save_and_not_the_run(
+    tmp_path, monkeypatch, capsys, user_error
+):
+    state, checkpoints = small_training(tmp_path)
+
+    def fail(*_):
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+
+    monkeypatch.setattr(training, "tree_map_only", fail)
+    checkpoints.save_last(state)
+    assert "no checkpoint is written, the host has no memory" in capsys.readouterr().err
+    assert "could not be written" in user_error(checkpoints.finish)
 
 
 @pytest.mark.parametrize("has_links", [True, False])

@@ -7,6 +7,7 @@ import math
 import os
 import re
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,34 +30,40 @@ def save_checkpoint(path: str | Path, contents: dict[str, Any]) -> None:
     Raises:
         OSError: they could not be written; the old file is untouched.
     """
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            torch.save(contents, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:  # torch.save raises either when a disk is full
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-        raise OSError(f"{path} could not be written: {error}") from error
-    _sync_folder(path.parent)
+    with _replacing(Path(path)) as temporary, open(temporary, "wb") as file:
+        torch.save(contents, file)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def link_checkpoint(path: Path, name: str) -> None:
     """Give a checkpoint file a second name in its folder, whole or not at all.
 
     Raises:
-        OSError: that fails.
+        OSError: that fails; what had this name is untouched.
     """
-    temporary = path.with_name(f".{name}.tmp")
-    temporary.unlink(missing_ok=True)
+    with _replacing(path.with_name(name)) as temporary:
+        try:
+            os.link(path, temporary)
+        except OSError:  # some file systems have no links
+            shutil.copyfile(path, temporary)
+            with open(temporary, "rb+") as file:
+                os.fsync(file.fileno())
+
+
+@contextlib.contextmanager
+def _replacing(path: Path) -> Iterator[Path]:
+    """A temporary file that replaces `path` once it is complete."""
+    temporary = path.with_name(f".{path.name}.tmp")
     try:
-        os.link(path, temporary)
-    except OSError:  # some file systems have no links
-        shutil.copyfile(path, temporary)
-    os.replace(temporary, path.with_name(name))
+        # One that a killed run left may be a link: to write into it would change other names.
+        temporary.unlink(missing_ok=True)
+        yield temporary
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:  # torch.save raises either when a disk is full
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise OSError(f"{path} could not be written: {error}") from error
     _sync_folder(path.parent)
 
 
@@ -104,16 +111,18 @@ def load_checkpoint(path: str | Path, mmap: bool = False) -> dict[str, Any]:
 
 def _read(path: str, mmap: bool = False) -> Any:
     """What is in a local file."""
+    if mmap:
+        with contextlib.suppress(Exception):  # a disk that fails or can't map seems torn, too
+            return _read_mapped(path)
     try:
         if not os.path.isfile(path):
             os.stat(path)  # says what is wrong, unless it is a folder
             raise UserError(f"checkpoint {path} is no file")
         if path.endswith(".safetensors"):
             return safetensors.torch.load_file(path)
+        # From a Python file, so that a failing disk is an OSError and not torch's RuntimeError.
         with torch.serialization.safe_globals([argparse.Namespace]), open(path, "rb") as file:
-            # From a Python file, so that a failing disk is an OSError and not torch's RuntimeError.
-            source = path if mmap else file
-            return torch.load(source, map_location="cpu", weights_only=True, mmap=mmap)
+            return torch.load(file, map_location="cpu", weights_only=True)
     except FileNotFoundError as error:
         raise UserError(f"checkpoint {path} does not exist") from error
     except UserError:
@@ -123,6 +132,11 @@ def _read(path: str, mmap: bool = False) -> Any:
             reason = getattr(error, "strerror", None) or _first_line(error)
             raise UserError(f"checkpoint {path} can't be read: {reason}") from error
         raise TornCheckpoint(f"{path} is torn or not a checkpoint: {_first_line(error)}") from error
+
+
+def _read_mapped(path: str) -> Any:
+    with torch.serialization.safe_globals([argparse.Namespace]):
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
 
 
 def _cannot_read_now(error: Exception) -> bool:
@@ -194,10 +208,7 @@ def sort_key(path: Path) -> tuple[float, float, bool]:
     finished. Torn files are the greatest, so that they are reported; other projects' the least.
     """
     try:
-        try:
-            contents = _read(str(path), mmap=True)
-        except TornCheckpoint:  # with mmap a failing disk looks like that, too
-            contents = _read(str(path))
+        contents = _read(str(path), mmap=True)
     except TornCheckpoint:
         return math.inf, 0, False
     match contents:

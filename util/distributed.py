@@ -100,7 +100,7 @@ def process_group(device: str, timeout_minutes: float = 30) -> Iterator[Process]
         return
     process = Process(rank, world_size, selected, timedelta(minutes=timeout_minutes))
     backend = "nccl" if process.device.type == "cuda" else "gloo"
-    with _explain_gloo():
+    with _explain_gloo() if backend == "gloo" else contextlib.nullcontext():
         dist.init_process_group(backend, timeout=process.timeout)
     leaving_together = False
     try:
@@ -121,6 +121,8 @@ def _explain_gloo() -> Iterator[None]:
     """Turn what gloo says when processes can't connect into a UserError that says what to do."""
     try:
         yield
+    except (dist.DistNetworkError, dist.DistStoreError):  # of torchrun's own meeting point
+        raise
     except RuntimeError as error:
         reason = str(error).splitlines()[0]
         raise UserError(

@@ -258,9 +258,9 @@ def add_runtime_flags(parser: argparse.ArgumentParser, grad_checkpointing: bool 
     )
     free.add_argument(
         "--timeout_minutes",
-        type=number(above=True),
+        type=number(0, 1e6, above=True),
         default=30,
-        help="how long a process waits for the others, which may read or save, before it gives up",
+        help="how long a process waits for the others, for example while one saves",
     )
     if grad_checkpointing:
         free.add_argument(

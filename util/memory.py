@@ -9,6 +9,7 @@ import torch
 
 from util.errors import UserError
 
+RUNNING_OUT = ("out of memory", "can't allocate memory", "ALLOC_FAILED")
 COUNTED = Path(__file__).parent.parent / "benchmarks" / "results" / "memory.json"
 
 
@@ -17,30 +18,40 @@ def explain_running_out(
     batch_size: int,
     model: str | None = None,
     input_size: int | tuple[int, int] | None = None,
+    dtype: torch.dtype | None = None,
+    grad_checkpointing: bool = False,
 ) -> Iterator[None]:
     """Turn an allocation that fails, on a GPU or a CPU, into a UserError that says what helps.
 
     Args:
         batch_size: images per process and step.
-        model: name of the model; None where --grad_checkpointing would not help.
+        model: name of a model that is trained as a whole; None for others.
         input_size: size of its images, in pixels, an int or (height, width).
+        dtype: a `resolve_amp` type.
+        grad_checkpointing: whether it is on.
     """
     try:
         yield
     except RuntimeError as error:
-        is_gpu = isinstance(error, torch.OutOfMemoryError)
-        if not is_gpu and "can't allocate memory" not in str(error):
+        if not any(text in str(error) for text in RUNNING_OUT):
             raise
         problem = f"out of memory with --batch_size {batch_size}"
         if model is None:
             raise UserError(f"{problem}: lower it") from error
-        if gib := counted_gib(batch_size, model, input_size):
-            problem += ", which takes about {:.1f} GiB, or {:.1f} with --grad_checkpointing"
-        raise UserError(
-            f"{problem.format(*gib)}: add --grad_checkpointing to the same command, which then "
-            "continues from the last checkpoint, or start anew in another --output_dir with a "
-            "lower --batch_size and a higher --accum_iter (docs/memory.md says what fits)"
-        ) from error
+        is_counted = dtype is torch.bfloat16 and "allocate memory" not in str(error)
+        if is_counted and (gib := counted_gib(batch_size, model, input_size)):
+            problem += f", which takes about {gib[0]:.1f} GiB, or {gib[1]:.1f} with "
+            problem += "--grad_checkpointing"
+        advice = (
+            "start anew in another --output_dir with a lower --batch_size and a higher "
+            "--accum_iter (docs/memory.md says what fits)"
+        )
+        if not grad_checkpointing:
+            advice = (
+                "add --grad_checkpointing to the same command, which then continues from the last "
+                f"checkpoint, or {advice}"
+            )
+        raise UserError(f"{problem}: {advice}") from error
 
 
 def counted_gib(

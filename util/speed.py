@@ -27,6 +27,8 @@ def prepare(
 ) -> None:
     """Choose how a model's blocks are computed; parameters and their names stay.
 
+    It also sets torch's own switches for this process: no TF32 in float32, and whole graphs.
+
     In bf16 on a CPU attention becomes plain products and a softmax instead of torch's fused
     kernel, whose backward pass takes several times as long there (benchmarks/README.md).
 
@@ -65,9 +67,9 @@ def _check_compiler(device: torch.device) -> None:
     """Refuse, with a UserError, to compile without the tools that torch.compile calls."""
     if device.type == "cuda" and importlib.util.find_spec("triton") is None:
         raise UserError("--compile needs Triton on a GPU: pip install triton, or leave it out")
-    variable, names = ("CXX", ["g++", "clang++"])
+    variable, names = "CXX", ["clang++" if sys.platform == "darwin" else "g++"]
     if device.type == "cuda":
-        variable, names = ("CC", ["gcc", "clang", "cc"])
+        variable, names = "CC", ["gcc", "clang"]
     given = os.environ.get(variable)
     if not any(shutil.which(name) for name in ([given] if given else names)):
         raise UserError(

@@ -68,7 +68,7 @@ class Checkpoints:
     """The checkpoints of a training in output_dir, of which rank 0 writes one at a time.
 
     A save copies the state to the host; a thread writes it while the training goes on. The next
-    save, and the end of the run, wait for it.
+    save waits for it, and so does the end of the context of this object, however a run ends.
 
     Args:
         output_dir: the folder of the checkpoints.
@@ -103,9 +103,15 @@ class Checkpoints:
         self.save_seconds = 60 * save_minutes
         self.last_save_succeeded = True
         self._thread = ThreadPoolExecutor(max_workers=1)
-        self._writing: Future[None] | None = None
+        self._writing: Future[bool] | None = None
         self._next_save = time.monotonic() + self.save_seconds
         self._agree = distributed.Agreement(process)
+
+    def __enter__(self) -> "Checkpoints":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._finish_writing()
 
     def restore(self, state: TrainingState, resume: str) -> None:
         """Load a checkpoint into `state`, if there is one.
@@ -295,30 +301,39 @@ class Checkpoints:
         self._next_save = time.monotonic() + self.save_seconds
         if self.process.is_main:
             self._finish_writing()
-            copies = tree_map_only(
-                Tensor, lambda tensor: tensor.to("cpu", non_blocking=True, copy=True), contents
-            )
+            try:
+                copies = tree_map_only(
+                    Tensor, lambda tensor: tensor.to("cpu", non_blocking=True, copy=True), contents
+                )
+            except RuntimeError as error:
+                warn(f"no checkpoint is written, the host has no memory for a copy: {error}")
+                self.last_save_succeeded = False
+                return
             if self.process.device.type == "cuda":
                 torch.cuda.synchronize()
             self._writing = self._thread.submit(self._write, names, copies)
 
-    def _write(self, names: list[str], contents: dict[str, Any]) -> None:
-        first, *others = names
-        save_checkpoint(self.output_dir / first, contents)
-        for name in others:
-            link_checkpoint(self.output_dir / first, name)
+    def _write(self, names: list[str], contents: dict[str, Any]) -> bool:
+        """Write a file and link its further names, in the thread; returns whether all is done."""
+        written, problems = None, False
+        for name in names:
+            try:
+                if written is None:
+                    save_checkpoint(self.output_dir / name, contents)
+                    written = self.output_dir / name
+                else:
+                    link_checkpoint(written, name)
+            except (OSError, MemoryError) as error:
+                reason = str(error) or "no memory is left"
+                warn(f"{reason}; the previous checkpoint, if any, is intact")
+                problems = True
+        return not problems
 
     def _finish_writing(self) -> None:
         """Wait for the file that is being written, if there is one."""
-        if self._writing is None:
-            return
-        try:
-            self._writing.result()
-            self.last_save_succeeded = True
-        except OSError as error:
-            warn(f"{error}; the previous checkpoint, if any, is intact")
-            self.last_save_succeeded = False
-        self._writing = None
+        if self._writing is not None:
+            self.last_save_succeeded = self._writing.result()
+            self._writing = None
 
     def _settle(self) -> None:
         """Wait in all processes until the last save is on the disk or has failed.
