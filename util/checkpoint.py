@@ -202,10 +202,10 @@ def checkpoints_in(output_dir: str | Path) -> list[Path]:
 
 
 def sort_key(path: Path) -> tuple[float, float, bool]:
-    """Of a training's file its epoch, its step, and whether it is `LAST`; newer ones are greater.
+    """A file's (epoch, step, whether it is `LAST`), by which checkpoints sort from old to new.
 
     At the end of an epoch several files have the same step; resuming `LAST` repeats what was not
-    finished. Torn files are the greatest, so that they are reported; other projects' the least.
+    finished. Torn files come last, so that they are tried and reported; other projects' come first.
     """
     try:
         contents = _read(str(path), mmap=True)

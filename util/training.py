@@ -261,7 +261,7 @@ class Checkpoints:
         self._settle()
         if not self.last_save_succeeded:
             raise UserError(
-                f"the final checkpoint could not be written to {self.output_dir}: free some space"
+                f"the final checkpoint could not be written to {self.output_dir}, see the warnings"
             )
 
     def _save(self, names: list[str], state: TrainingState, epoch_is_done: bool = False) -> None:
