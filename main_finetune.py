@@ -50,7 +50,7 @@ def get_args_parser():
         "--finetune",
         type=cli.path,
         metavar="CKPT",
-        help="the encoder to start from",
+        help="the encoder to start from; if not given, from scratch",
     )
     model.add_argument(
         "--drop_path", type=cli.number(0, 1, below=True), default=0.1, help="rate of drop path"

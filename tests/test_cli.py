@@ -1,6 +1,8 @@
 """Bad input: one line on stderr that says what is wrong, exit code 2, before any training."""
 
+import io
 import json
+import os
 import re
 from datetime import timedelta
 from functools import partial
@@ -14,7 +16,7 @@ import main_finetune
 import main_linprobe
 import main_pretrain
 from util import cli, distributed, memory, precision
-from util.errors import UserError
+from util.errors import UserError, say
 
 
 @pytest.fixture
@@ -385,6 +387,17 @@ def test_wrong_checkpoints(
     assert "encoder (" in finetune_error(
         classify_flags | {"epochs": 1, "warmup_epochs": 0.5, "finetune": other}
     )
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
+def test_a_line_that_cannot_be_written_does_not_end_a_run():
+    """As where the output goes to a file on a full disk."""
+    with open("/dev/full", "wb", buffering=0) as full:
+        stream = io.TextIOWrapper(full, write_through=True)
+        with pytest.raises(OSError, match="No space left"):
+            print("a line", file=stream, flush=True)
+        say("a line", stream)
+        stream.detach()
 
 
 def test_ctrl_c_before_the_training_is_no_traceback(monkeypatch):

@@ -17,9 +17,9 @@ def warn(message: str) -> None:
 
 
 def say(text: str, stream: TextIO) -> None:
-    """Print a line. If nobody reads it any more, as after `| head`, the run goes on unread."""
-    try:
-        print(text, file=stream, flush=True)
-    except BrokenPipeError:
-        with contextlib.suppress(OSError):
+    """Print a line. Where that fails, as after `| head` or on a full disk, the run goes on."""
+    with contextlib.suppress(OSError):
+        try:
+            print(text, file=stream, flush=True)
+        except BrokenPipeError:  # nobody reads it any more
             os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())

@@ -121,7 +121,7 @@ def add_data_flags(parser: argparse.ArgumentParser) -> None:
     free.add_argument(
         "--pin_mem", action="store_true", default=True, help="page-locked batches, for CUDA"
     )
-    free.add_argument("--no_pin_mem", action="store_false", dest="pin_mem", help="pageable ones")
+    free.add_argument("--no_pin_mem", action="store_false", dest="pin_mem", help="ordinary memory")
 
 
 def add_optimization_flags(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
@@ -240,7 +240,7 @@ def add_runtime_flags(parser: argparse.ArgumentParser, grad_checkpointing: bool 
         "off is float32",
     )
     free.add_argument("--compile", action="store_true", help="compile the transformer blocks")
-    free.add_argument("--no_compile", action="store_false", dest="compile", help="run them eagerly")
+    free.add_argument("--no_compile", action="store_false", dest="compile", help="don't compile")
     free.add_argument(
         "--save_every",
         type=integer(1),

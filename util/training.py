@@ -65,10 +65,10 @@ class TrainingState:
 
 
 class Checkpoints:
-    """The checkpoints of a training in output_dir, of which rank 0 writes one at a time.
+    """A training's checkpoints in output_dir; rank 0 writes them, one at a time.
 
-    A save copies the state to the host; a thread writes it while the training goes on. The next
-    save waits for it, and so does the end of the context of this object, however a run ends.
+    A save copies the state to the host, and a thread writes the copy while the training goes on.
+    The next save waits for it. So does leaving this object's context, however the run ends.
 
     Args:
         output_dir: the folder of the checkpoints.
@@ -125,7 +125,8 @@ class Checkpoints:
         """
         if any(other != self.settings for other in distributed.gather(self.settings)):
             raise UserError("the processes were given different flags or see different files")
-        # Processes of a machine read the file once. On a CPU the state itself would stay in it.
+        # A machine's processes share the pages of a mapped file. On a CPU the optimizer's state
+        # would stay in them.
         mmap = self.process.device.type == "cuda"
         found = find_checkpoint(resume, self.output_dir, mmap)
         place = found and (found[0].get("epoch"), found[0].get("step"))
