@@ -8,9 +8,9 @@ from pathlib import Path
 import tiny_pretrain  # noqa: F401, for its model
 
 import main_pretrain
-from util import cli, training
+from util import checkpoint, cli
 
-save = training.save_checkpoint
+save = checkpoint.save_checkpoint
 parser = main_pretrain.get_args_parser()
 
 
@@ -25,7 +25,7 @@ def slow_save(path, contents):
 
 
 if __name__ == "__main__":
-    training.save_checkpoint = slow_save
+    checkpoint.save_checkpoint = slow_save
     if os.environ["RANK"] == "1":
         print("rank 1 is process", os.getpid(), flush=True)
         atexit.register(note, "left")

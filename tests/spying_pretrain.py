@@ -8,12 +8,12 @@ import torch
 
 import main_pretrain
 from models_mae import MaskedAutoencoderViT
-from util import cli, training
+from util import checkpoint, cli
 
 seen = {"imgs": [], "noise": [], "losses": [], "saves": []}
 forward = MaskedAutoencoderViT.forward
 step = torch.optim.AdamW.step
-save = training.save_checkpoint
+save = checkpoint.save_checkpoint
 
 
 def spying_forward(self, imgs, mask_ratio, noise):
@@ -41,7 +41,7 @@ def spying_save(path, contents):
 
 
 if __name__ == "__main__":
-    training.save_checkpoint = spying_save
+    checkpoint.save_checkpoint = spying_save
     MaskedAutoencoderViT.forward = spying_forward
     torch.optim.AdamW.step = spying_step
     parser = main_pretrain.get_args_parser()

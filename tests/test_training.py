@@ -13,7 +13,7 @@ from helpers import CPU, ForkedScript, assert_same_bits, final_state, run
 import main_finetune
 import main_linprobe
 import main_pretrain
-from util import flags, locking, optim, precision, training
+from util import checkpoint, flags, locking, optim, precision, training
 from util.checkpoint import load_checkpoint, save_checkpoint
 from util.distributed import Process
 from util.stopping import StopSignals
@@ -49,14 +49,14 @@ def test_training_goes_on_while_a_file_is_written(tmp_path, monkeypatch):
     """Values are those of the save's time; the next save and the end wait for it."""
     state, checkpoints = small_training(tmp_path)
     state.model.weight.data.fill_(1)
-    events, may_write, save = [], threading.Event(), training.save_checkpoint
+    events, may_write, save = [], threading.Event(), checkpoint.save_checkpoint
 
     def slow_save(path, contents):
         may_write.wait(30)
         save(path, contents)
         events.append(contents["step"])
 
-    monkeypatch.setattr(training, "save_checkpoint", slow_save)
+    monkeypatch.setattr(checkpoint, "save_checkpoint", slow_save)
     checkpoints.save_last(state)
     state.model.weight.data.fill_(2)
     state.step = 2
@@ -83,13 +83,13 @@ def test_a_state_before_the_first_step_is_saved(tmp_path):
 def test_a_save_is_finished_however_the_run_ends(tmp_path, monkeypatch, capsys):
     """And a failure is said at once, not at the next save."""
     state, checkpoints = small_training(tmp_path)
-    save = training.save_checkpoint
+    save = checkpoint.save_checkpoint
 
     def slow_save(path, contents):
         time.sleep(0.3)
         save(path, contents)
 
-    monkeypatch.setattr(training, "save_checkpoint", slow_save)
+    monkeypatch.setattr(checkpoint, "save_checkpoint", slow_save)
     with pytest.raises(RuntimeError, match="evaluation"), checkpoints:
         checkpoints.save_last(state)
         raise RuntimeError("in the evaluation")

@@ -8,6 +8,7 @@ import os
 import re
 import shutil
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +50,49 @@ def link_checkpoint(path: Path, name: str) -> None:
             shutil.copyfile(path, temporary)
             with open(temporary, "rb+") as file:
                 os.fsync(file.fileno())
+
+
+class Writer:
+    """Writes checkpoints to a folder in a thread, one at a time.
+
+    Attributes:
+        last_succeeded: whether the last one that is finished was written whole.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.last_succeeded = True
+        self._thread = ThreadPoolExecutor(max_workers=1)
+        self._pending: Future[bool] | None = None
+
+    def start(self, names: list[str], contents: dict[str, Any]) -> None:
+        """Begin to write `contents`, which must not change any more, as one file of these names.
+
+        A name that can't be written is a warning, and keeps its older file.
+        """
+        self.wait()
+        self._pending = self._thread.submit(self._write, names, contents)
+
+    def wait(self) -> None:
+        """Wait for the file that is being written, if there is one."""
+        if self._pending is not None:
+            self.last_succeeded = self._pending.result()
+            self._pending = None
+
+    def _write(self, names: list[str], contents: dict[str, Any]) -> bool:
+        written, succeeded = None, True
+        for name in names:
+            try:
+                if written is None:
+                    save_checkpoint(self.folder / name, contents)
+                    written = self.folder / name
+                else:
+                    link_checkpoint(written, name)
+            except (OSError, MemoryError) as error:
+                reason = str(error) or "no memory is left"
+                warn(f"{reason}; the previous checkpoint, if any, is intact")
+                succeeded = False
+        return succeeded
 
 
 @contextlib.contextmanager

@@ -6,7 +6,6 @@ import shutil
 import signal
 import sys
 import time
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,15 +19,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 import util
 from util import distributed
-from util.checkpoint import (
-    BEST,
-    LAST,
-    checkpoints_in,
-    find_checkpoint,
-    link_checkpoint,
-    save_checkpoint,
-    sort_key,
-)
+from util.checkpoint import BEST, LAST, Writer, checkpoints_in, find_checkpoint, sort_key
 from util.errors import UserError, say, warn
 from util.stopping import StopSignals
 
@@ -101,9 +92,7 @@ class Checkpoints:
         self.epochs = epochs
         self.save_every = save_every
         self.save_seconds = 60 * save_minutes
-        self.last_save_succeeded = True
-        self._thread = ThreadPoolExecutor(max_workers=1)
-        self._writing: Future[bool] | None = None
+        self.writer = Writer(self.output_dir)
         self._next_save = time.monotonic() + self.save_seconds
         self._agree = distributed.Agreement(process)
 
@@ -111,7 +100,7 @@ class Checkpoints:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._finish_writing()
+        self.writer.wait()
 
     def restore(self, state: TrainingState, resume: str) -> None:
         """Load a checkpoint into `state`, if there is one.
@@ -259,8 +248,7 @@ class Checkpoints:
     def finish(self) -> None:
         """End a training; a UserError if its last checkpoint could not be written."""
         self._agree.settle()
-        self._settle()
-        if not self.last_save_succeeded:
+        if not self._settle():
             raise UserError(
                 f"the final checkpoint could not be written to {self.output_dir}, see the warnings"
             )
@@ -301,54 +289,31 @@ class Checkpoints:
                 )
         self._next_save = time.monotonic() + self.save_seconds
         if self.process.is_main:
-            self._finish_writing()
+            self.writer.wait()  # before the copy: there is memory for one
             try:
                 copies = tree_map_only(
                     Tensor, lambda tensor: tensor.to("cpu", non_blocking=True, copy=True), contents
                 )
             except RuntimeError as error:
                 warn(f"no checkpoint is written, the host has no memory for a copy: {error}")
-                self.last_save_succeeded = False
+                self.writer.last_succeeded = False
                 return
             if self.process.device.type == "cuda":
                 torch.cuda.synchronize()
-            self._writing = self._thread.submit(self._write, names, copies)
+            self.writer.start(names, copies)
 
-    def _write(self, names: list[str], contents: dict[str, Any]) -> bool:
-        """Write a file and link its further names, in the thread; returns whether all is done."""
-        written, problems = None, False
-        for name in names:
-            try:
-                if written is None:
-                    save_checkpoint(self.output_dir / name, contents)
-                    written = self.output_dir / name
-                else:
-                    link_checkpoint(written, name)
-            except (OSError, MemoryError) as error:
-                reason = str(error) or "no memory is left"
-                warn(f"{reason}; the previous checkpoint, if any, is intact")
-                problems = True
-        return not problems
-
-    def _finish_writing(self) -> None:
-        """Wait for the file that is being written, if there is one."""
-        if self._writing is not None:
-            self.last_save_succeeded = self._writing.result()
-            self._writing = None
-
-    def _settle(self) -> None:
-        """Wait in all processes until the last save is on the disk or has failed.
+    def _settle(self) -> bool:
+        """Wait in all processes until the last save is on the disk, or has failed: a False.
 
         When one process exits, torchrun kills the rest.
         """
-        self._finish_writing()
-        self.last_save_succeeded = all(distributed.gather(self.last_save_succeeded))
+        self.writer.wait()
+        return all(distributed.gather(self.writer.last_succeeded))
 
     def _stop(self, state: TrainingState, received: int) -> None:
-        self._settle()
         command = "the same command" + " with --resume auto" * (self._resume != "auto")
         outcome = f"{command} continues from {self.output_dir / LAST}"
-        if not self.last_save_succeeded:
+        if not self._settle():
             outcome = "this state could not be saved"
         if self.process.is_main:
             name = signal.Signals(received).name
