@@ -109,7 +109,6 @@ def evaluate(
     count, total = 0, torch.zeros((), dtype=torch.float64, device=loader.device)
     for imgs, _, indices, readable in loader.eval_batches():
         if not readable.all():  # only then: to pick some images is to wait for a GPU
-            loader.warn_unreadable(indices[~readable])
             imgs, indices = imgs[readable], indices[readable]
         if not len(imgs):
             continue

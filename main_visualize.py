@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 
 import models_mae
-from util import cli, data, distributed, flags, image_files, visualize
+from util import cli, data, decoding, distributed, flags, image_files, visualize
 from util.checkpoint import load_checkpoint
 from util.errors import UserError
 
@@ -108,8 +108,8 @@ def main(args):
         paths = [found[index] for index in chosen.tolist()]
     transform = data.picture_transform(config["input_size"])
     try:
-        imgs = torch.stack([transform(image_files.read_image(path)) for path in paths])
-    except image_files.UnreadableImage as error:
+        imgs = torch.stack([transform(decoding.read_image(path)) for path in paths])
+    except decoding.UnreadableImage as error:
         raise UserError(f"unreadable image {error}") from error
 
     # ---- picture

@@ -29,9 +29,10 @@ from torchvision.transforms.functional import to_pil_image
 from benchmarks import report, table
 from util import cli, loading, speed
 from util.data import pretrain_transform
+from util.decoding import UnreadableImage, read_image
 from util.distributed import Process, select_device
 from util.errors import UserError
-from util.image_files import ImagePaths, UnreadableImage, read_image
+from util.image_files import ImagePaths
 
 PHOTOGRAPHS = Path(__file__).parent / "photographs"
 WIDTH, HEIGHT = 500, 375

@@ -21,7 +21,7 @@ from PIL import Image
 from torchvision import transforms
 from torchvision.transforms import v2
 
-from util import data, image_files, loading
+from util import data, decoding, image_files, loading
 from util.distributed import Process
 from util.errors import UserError
 
@@ -120,7 +120,7 @@ def test_every_format_is_found_and_reads_as_pillow_converts_it(
     paths = image_files.ImagePaths(fill(tmp_path, names, encoded))
     assert relative_names(paths) == names
     for path in paths:
-        image = image_files.read_image(path)
+        image = decoding.read_image(path)
         assert image.dtype == torch.uint8
         assert torch.equal(image, expected)
 
@@ -129,7 +129,7 @@ def test_every_format_is_found_and_reads_as_pillow_converts_it(
 def test_lossless_formats_give_back_the_pixels_that_were_saved(tmp_path, suffix):
     image = photograph(61, 47)
     image.save(tmp_path / f"image.{suffix}")
-    assert torch.equal(image_files.read_image(tmp_path / f"image.{suffix}"), pixels(image))
+    assert torch.equal(decoding.read_image(tmp_path / f"image.{suffix}"), pixels(image))
 
 
 def test_of_an_animation_the_first_frame_is_read(tmp_path):
@@ -137,7 +137,7 @@ def test_of_an_animation_the_first_frame_is_read(tmp_path):
     for suffix in ("gif", "webp", "png"):
         path = tmp_path / f"animation.{suffix}"
         frames[0].save(path, save_all=True, append_images=frames[1:], lossless=True)
-        assert torch.equal(image_files.read_image(path), pixels(frames[0]))
+        assert torch.equal(decoding.read_image(path), pixels(frames[0]))
 
 
 def deep_values(channels):
@@ -178,7 +178,7 @@ def test_16_bits_are_scaled_to_8(tmp_path, channels, encoded):
     path.write_bytes(encoded)
     colors = deep_values(channels)[..., : 3 if channels > 2 else 1]
     expected = torch.from_numpy((colors >> 8).astype(np.uint8)).permute(2, 0, 1).expand(3, -1, -1)
-    assert torch.equal(image_files.read_image(path), expected)
+    assert torch.equal(decoding.read_image(path), expected)
 
 
 @pytest.mark.parametrize(
@@ -199,14 +199,14 @@ def test_16_bits_are_scaled_to_8(tmp_path, channels, encoded):
 def test_a_broken_file_is_unreadable_by_name(tmp_path, content):
     path = tmp_path / "broken image.jpg"
     path.write_bytes(content)
-    with pytest.raises(image_files.UnreadableImage, match=r"broken image\.jpg"):
-        image_files.read_image(path)
+    with pytest.raises(decoding.UnreadableImage, match=r"broken image\.jpg"):
+        decoding.read_image(path)
 
 
 def test_a_missing_file_and_a_folder_are_unreadable_by_name(tmp_path):
     for path in (tmp_path / "missing.jpg", fill(tmp_path / "folder.jpg", ["1.jpg"])):
-        with pytest.raises(image_files.UnreadableImage, match=path.name):
-            image_files.read_image(path)
+        with pytest.raises(decoding.UnreadableImage, match=path.name):
+            decoding.read_image(path)
 
 
 def flip_a_bit(encoded):
@@ -254,7 +254,7 @@ def test_pretrain_transform_agrees_with_the_pillow_pipeline(photograph_file, siz
         ]
     )
     transform = data.pretrain_transform(size)
-    image, opened = image_files.read_image(photograph_file), Image.open(photograph_file)
+    image, opened = decoding.read_image(photograph_file), Image.open(photograph_file)
     flips = set()
     for seed in range(6):
         torch.manual_seed(seed)
@@ -296,7 +296,7 @@ def test_crops_are_torchvisions_to_the_bit(width_height):
 )
 def test_eval_transform_agrees_with_the_pillow_pipeline(photograph_file, size, resized):
     """With a margin of 256 / 224 up to 224, without one above."""
-    image, opened = image_files.read_image(photograph_file), Image.open(photograph_file)
+    image, opened = decoding.read_image(photograph_file), Image.open(photograph_file)
     center_crop = transforms.CenterCrop(size)
     whole = transforms.Resize(resized, transforms.InterpolationMode.BICUBIC)(opened)
     cropped = data.eval_transform(size)(image)
@@ -369,7 +369,7 @@ def test_training_images_are_those_below_train_or_else_all(tmp_path, names, expe
     paths = image_files.find_images(fill(tmp_path, names), "train")
     assert relative_names(paths) == expected
     assert len(paths) == len(expected)
-    assert all(image_files.read_image(path).shape == (3, 47, 61) for path in paths)
+    assert all(decoding.read_image(path).shape == (3, 47, 61) for path in paths)
 
 
 def test_held_out_images_are_those_below_val_or_none(tmp_path):
@@ -392,15 +392,15 @@ def test_links_in_circles_count_an_image_once_and_a_pipe_is_unreadable(tmp_path)
     (tmp_path / "a/self").symlink_to(tmp_path / "a")
     assert relative_names(image_files.ImagePaths(tmp_path)) == ["2.jpg", "a/1.jpg"]
     os.mkfifo(tmp_path / "pipe.jpg")
-    with pytest.raises(image_files.UnreadableImage, match=r"pipe\.jpg"):
-        image_files.read_image(tmp_path / "pipe.jpg")
+    with pytest.raises(decoding.UnreadableImage, match=r"pipe\.jpg"):
+        decoding.read_image(tmp_path / "pipe.jpg")
 
 
 def test_32_bit_integers_of_8_bits_are_kept_and_of_16_are_scaled(tmp_path):
     values = np.arange(256, dtype=np.int32).reshape(16, 16)
     for scale in (1, 256):
         Image.fromarray(values * scale).save(tmp_path / "deep.tif")
-        assert np.array_equal(image_files.read_image(tmp_path / "deep.tif")[0], values)
+        assert np.array_equal(decoding.read_image(tmp_path / "deep.tif")[0], values)
 
 
 def test_symlinked_folders_and_files_are_followed(tmp_path):
@@ -433,7 +433,7 @@ def test_symlinked_folders_and_files_are_followed(tmp_path):
 def test_any_name_is_found_and_read(tmp_path, name):
     (path,) = image_files.find_images(fill(tmp_path, [name]), "train")
     assert os.fsencode(path) == os.path.join(os.fsencode(tmp_path), os.fsencode(name))
-    assert image_files.read_image(path).shape == (3, 47, 61)
+    assert decoding.read_image(path).shape == (3, 47, 61)
 
 
 def test_paths_are_in_the_order_of_their_bytes(tmp_path):
@@ -514,8 +514,8 @@ def test_a_sample_is_a_function_of_seed_epoch_and_index(copies):
     keys = list(itertools.product((0, 1), (0, 1, 2), range(4)))
     samples = {}
     for seed, epoch, index in keys:
-        image, _, returned, readable = datasets[seed][epoch, index]
-        assert (returned, readable) == (index, True)
+        image, _, returned, problem = datasets[seed][epoch, index]
+        assert (returned, problem) == (index, "")
         samples[seed, epoch, index] = image
     for one, other in itertools.combinations(samples.values(), 2):
         assert not torch.equal(one, other)
@@ -541,12 +541,13 @@ def test_a_loader_yields_the_samples_of_its_batches(torn_album, num_workers):
 
 def test_an_unreadable_image_is_replaced_by_a_readable_one(torn_album):
     paths = image_files.ImagePaths(torn_album)
-    album = {index: image_files.read_image(paths[index]) for index in (0, 2, 3, 4, *range(7, 12))}
+    album = {index: decoding.read_image(paths[index]) for index in (0, 2, 3, 4, *range(7, 12))}
     datasets = [loading.ImageDataset(paths, torch.nn.Identity(), seed=0) for _ in range(2)]
     replacements = set()
     for epoch, index in itertools.product(range(4), (1, 5, 6)):
-        image, _, returned, readable = datasets[0][epoch, index]
-        assert (returned, readable) == (index, False)
+        image, _, returned, problem = datasets[0][epoch, index]
+        assert returned == index
+        assert problem.startswith(f"{paths[index]}: ")
         (source,) = (source for source in album if torch.equal(album[source], image))
         replacements.add(source)
         assert torch.equal(datasets[1][epoch, index][0], image)
@@ -557,9 +558,10 @@ def test_a_sample_of_unreadable_images_alone_is_black_and_flagged(tmp_path):
     paths = image_files.ImagePaths(fill(tmp_path, ["1.jpg", "2.jpg"], b"torn"))
     dataset = loading.ImageDataset(paths, data.pretrain_transform(16), seed=0)
     for epoch, index in itertools.product(range(5), (0, 1)):
-        image, _, returned, readable = dataset[epoch, index]
+        image, _, returned, problem = dataset[epoch, index]
         assert torch.equal(image, torch.zeros(3, 16, 16, dtype=torch.uint8))
-        assert (returned, readable) == (index, False)
+        assert returned == index
+        assert problem.startswith(f"{paths[index]}: ")
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])

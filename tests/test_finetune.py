@@ -28,7 +28,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 import models_vit
-from util import data, image_files, training
+from util import data, decoding, image_files, training
 from util.checkpoint import load_checkpoint
 from util.lr_sched import warmup_cosine_lr
 from util.seeding import derive_seed, seed_generators
@@ -307,7 +307,7 @@ def test_evaluation_is_the_same_on_any_number_of_processes(album, classifier, tm
     ranks, losses = [], []
     for path in paths:
         label = int(path.split("class ")[1][0])
-        image = data.eval_transform(8)(image_files.read_image(path))
+        image = data.eval_transform(8)(decoding.read_image(path))
         logits = model(data.normalize(image[None]))[0].detach()
         ranks.append((logits > logits[label]).sum().item())
         losses.append(nn.functional.cross_entropy(logits, torch.tensor(label)).item())

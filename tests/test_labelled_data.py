@@ -171,8 +171,9 @@ def test_the_label_of_a_replaced_image_is_that_of_its_replacement(tmp_path):
     changed = set()
     for epoch in range(10):
         for index in (0, 9):
-            image, label, returned, readable = dataset[epoch, index]
-            assert (returned, readable) == (index, False)
+            image, label, returned, problem = dataset[epoch, index]
+            assert returned == index
+            assert problem.startswith(f"{paths[index]}: ")
             assert label == labels[image[0, 0, 0].item()]
             changed.add(label.item() != paths.labels[index].item())
     assert changed == {True, False}

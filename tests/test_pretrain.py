@@ -25,7 +25,7 @@ from PIL import Image
 import main_finetune
 import models_mae
 from engine_pretrain import evaluate
-from util import data, image_files, loading, training
+from util import data, decoding, image_files, loading, training
 from util.checkpoint import load_checkpoint
 from util.distributed import Process
 from util.lr_sched import warmup_cosine_lr
@@ -192,7 +192,7 @@ def test_held_out_loss_is_the_mean_over_readable_images_under_fixed_masks(tmp_pa
     transform = data.eval_transform(8)
     losses = []
     for index in (0, 1, 3, 4, 5):
-        image = data.normalize(transform(image_files.read_image(paths[index]))[None])
+        image = data.normalize(transform(decoding.read_image(paths[index]))[None])
         noise = uniform_noise((1, 4), 7, "held-out mask", index).view(1, 4)
         losses.append(model(image, 0.75, noise)[0].item())
     process = Process(0, 1, torch.device("cpu"))

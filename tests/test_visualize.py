@@ -10,7 +10,7 @@ from PIL import Image
 
 import main_visualize
 from models_mae import build_model
-from util import data, image_files, visualize
+from util import data, decoding, visualize
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +30,7 @@ def show(flags):
 def test_columns_show_what_they_say(photograph, norm_pix_loss):
     torch.manual_seed(0)
     model = build_model("tiny_test_model", img_size=(32, 40), norm_pix_loss=norm_pix_loss)
-    pixels = image_files.read_image(photograph)[None]
+    pixels = decoding.read_image(photograph)[None]
     imgs = data.normalize(pixels)
     # A model that predicts its targets exactly reconstructs the original exactly.
     target = model.patchify(imgs)

@@ -163,21 +163,40 @@ class ResizeToCover(nn.Module):
         return v2.functional.resize(image, size, BICUBIC, antialias=True)
 
 
-def normalize(images: Tensor) -> Tensor:
-    """uint8 images [N, 3, H, W] to floats: minus ImageNet's mean, over its standard deviation."""
-    mean, std = _channel_statistics(images.device)
-    return images.float().mul_(1 / (255 * std)).sub_(mean / std)
+def to_float(images: Tensor) -> Tensor:
+    """Images on the scale from 0 to 1: uint8 ones divided by 255, float32 ones as they are."""
+    return images.float() / 255 if images.dtype == torch.uint8 else images
 
 
-def denormalize(images: Tensor) -> Tensor:
-    """Normalised images [N, 3, H, W] back to floats in [0, 1]."""
-    mean, std = _channel_statistics(images.device)
-    return (images * std + mean).clamp(0, 1)
+def normalize(
+    images: Tensor,
+    mean: tuple[float, ...] = IMAGENET_DEFAULT_MEAN,
+    std: tuple[float, ...] = IMAGENET_DEFAULT_STD,
+) -> Tensor:
+    """Images [N, C, H, W], uint8 or floats in [0, 1], minus `mean`, over `std`: floats.
+
+    mean and std are per band, on the scale from 0 to 1; ImageNet's if not given.
+    """
+    means, stds = _channel_statistics(mean, std, images.device)
+    if images.dtype == torch.uint8:
+        return images.float().mul_(1 / (255 * stds)).sub_(means / stds)
+    return (images - means).div_(stds)  # in this order, so that a band's mean is exactly 0
+
+
+def denormalize(
+    images: Tensor,
+    mean: tuple[float, ...] = IMAGENET_DEFAULT_MEAN,
+    std: tuple[float, ...] = IMAGENET_DEFAULT_STD,
+) -> Tensor:
+    """Normalised images [N, C, H, W] back to floats in [0, 1]."""
+    means, stds = _channel_statistics(mean, std, images.device)
+    return (images * stds + means).clamp(0, 1)
 
 
 @functools.cache  # making them on a GPU waits for it, so only once
-def _channel_statistics(device: torch.device) -> tuple[Tensor, Tensor]:
-    """ImageNet's mean and standard deviation per channel, each [3, 1, 1]."""
-    statistics = torch.tensor([IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD], device=device)
-    mean, std = statistics[:, :, None, None]
-    return mean, std
+def _channel_statistics(
+    mean: tuple[float, ...], std: tuple[float, ...], device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation per band, each [C, 1, 1]."""
+    means, stds = torch.tensor([mean, std], device=device)[:, :, None, None]
+    return means, stds

@@ -1,67 +1,17 @@
-"""Image files: finding them below a folder, and decoding them to uint8."""
+"""Image files: finding them below a folder."""
 
-import io
 import os
-import warnings
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
-from torch import Tensor
-from torchvision.io import ImageReadMode, decode_image
 
+from util.decoding import ImageSource, UnreadableImage, read_image
 from util.errors import UserError, warn
 
 IMAGE_SUFFIXES = ".jpg .jpeg .jpe .jfif .png .webp .gif .bmp .tif .tiff .ppm .pgm .pbm .pnm".split()
-
-
-class UnreadableImage(Exception):
-    """A file that no decoder can read."""
-
-
-def read_image(path: str) -> Tensor:
-    """Decode an image file to a uint8 tensor [3, H, W], as Pillow's convert("RGB") would.
-
-    16-bit images are scaled to 8 bits; an animation gives its first frame.
-
-    Raises:
-        UnreadableImage: the file is missing, torn or no image.
-    """
-    try:
-        if not os.path.isfile(path):
-            raise FileNotFoundError("no such file")
-        with open(path, "rb", buffering=0) as file:
-            encoded = bytearray(file.readall())
-        try:
-            return _decode_with_torchvision(encoded)
-        except (RuntimeError, ValueError):
-            return _decode_with_pillow(encoded)
-    except Exception as error:  # decoders raise anything on broken files
-        raise UnreadableImage(f"{path}: {error}") from error
-
-
-def _decode_with_torchvision(encoded: bytearray) -> Tensor:
-    """JPEG and WebP, faster than Pillow and equal to the bit; a ValueError for other formats."""
-    # PNG would be no faster, and a damaged one ends the process in torchvision 0.29.
-    if encoded[:4] in (b"\x89PNG", b"GIF8"):
-        raise ValueError("left to Pillow")
-    return decode_image(torch.frombuffer(encoded, dtype=torch.uint8), mode=ImageReadMode.RGB)
-
-
-def _decode_with_pillow(encoded: bytearray) -> Tensor:
-    """Any format that Pillow reads."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # about metadata and large images, repeated for each file
-        image: Image.Image = Image.open(io.BytesIO(encoded))
-        if image.mode.startswith("I;16") or (image.mode == "I" and np.asarray(image).max() > 255):
-            # 16 bits a pixel, which convert("RGB") would clip at 255.
-            gray = np.clip(np.asarray(image).astype(np.int64) >> 8, 0, 255).astype(np.uint8)
-            image = Image.fromarray(gray)
-        pixels = np.array(image.convert("RGB"))
-    return torch.from_numpy(pixels).permute(2, 0, 1)
 
 
 class ImagePaths:
@@ -105,6 +55,11 @@ class ImagePaths:
         start = self._ends[index - 1].item() if index else 0
         name = self._names[start : self._ends[index].item()].numpy().tobytes()
         return os.fsdecode(os.path.join(self.root, name))
+
+    def source(self, index: int) -> ImageSource:
+        """The image, to be decoded."""
+        path = self[index]
+        return ImageSource(path, path)
 
 
 def _image_names(root: bytes) -> Iterator[bytes]:

@@ -15,10 +15,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from util.data import eval_transform, normalize
+from util import data
+from util.decoding import UnreadableImage, read_image
 from util.distributed import Process
 from util.errors import UserError, say
-from util.image_files import ImagePaths, UnreadableImage, read_image
+from util.image_files import ImagePaths
+from util.pixels import RGB, PixelFormat
 from util.seeding import derive_seed, seed_generators
 
 MAX_UNREADABLE_SHARE = 0.01
@@ -36,33 +38,49 @@ class Batch(NamedTuple):
 class ImageDataset(torch.utils.data.Dataset):
     """Images and their labels, transformed as a function of (seed, epoch, index).
 
-    `dataset[epoch, index]` is (uint8 image [3, height, width], label, index, whether the image was
-    readable); an unreadable one is replaced, with its label, by one that the seed chooses.
+    `dataset[epoch, index]` is (image [bands, height, width] as `read_image` gives it, label, index,
+    why the image is unreadable, or ""); an unreadable one is replaced, with its label, by one that
+    the seed chooses.
     """
 
-    def __init__(self, paths: ImagePaths, transform: Callable[[Tensor], Tensor], seed: int) -> None:
+    def __init__(
+        self,
+        paths: ImagePaths,
+        transform: Callable[[Tensor], Tensor],
+        seed: int,
+        pixels: PixelFormat = RGB,
+    ) -> None:
         self.paths = paths
         self.transform = transform
         self.seed = seed
+        self.pixels = pixels
 
     def __len__(self) -> int:
         return len(self.paths)
 
-    def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, Tensor, int, bool]:
+    def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, Tensor, int, str]:
         epoch, index = key
         seed_generators(self.seed, "augmentation", epoch, index)
-        readable = True
+        problem = ""
         source = index
         for _ in range(10):
             try:
-                image = read_image(self.paths[source])
+                image = read_image(self.paths.source(source), self.pixels)
                 break
-            except UnreadableImage:
-                readable = False
+            except UnreadableImage as error:
+                problem = problem or str(error)
                 source = torch.randint(len(self.paths), ()).item()
         else:  # ten unreadable in a row: so many that the run will stop at the next log line
-            image = torch.zeros(3, 1, 1, dtype=torch.uint8)
-        return self.transform(image), self.paths.labels[source], index, readable
+            image = torch.zeros(self.pixels.in_chans, 1, 1, dtype=torch.uint8)
+        return self.transform(image), self.paths.labels[source], index, problem
+
+
+def collate(samples: list[tuple[Tensor, Tensor, int, str]]) -> tuple[Tensor, Tensor, Tensor, list]:
+    """A batch of an `ImageDataset`'s samples; uint8 images become floats beside float ones."""
+    images, labels, indices, problems = zip(*samples, strict=True)
+    if len({image.dtype for image in images}) > 1:
+        images = tuple(data.to_float(image) for image in images)
+    return torch.stack(images), torch.stack(labels), torch.tensor(indices), list(problems)
 
 
 class ShuffledBatches(torch.utils.data.Sampler):
@@ -134,7 +152,7 @@ class ImageLoader:
         self.batches = batches
         self.images_per_step = batches.batch_size * process.world_size
         self.device = process.device
-        self._warned: set[str] = set()
+        self._warned: set[int] = set()
         self._loader = torch.utils.data.DataLoader(
             dataset,
             batch_sampler=batches,
@@ -144,6 +162,7 @@ class ImageLoader:
             # Only a forked worker starts with a single thread, where it can block signals.
             multiprocessing_context="fork" if num_workers and sys.platform == "linux" else None,
             worker_init_fn=_leave_signals_to_the_main_process,
+            collate_fn=collate,
         )
 
     def __len__(self) -> int:
@@ -152,26 +171,32 @@ class ImageLoader:
     def train_batches(self, epoch: int, first_step: int = 0) -> Iterator[Batch]:
         """A training epoch's batches, from `first_step` on."""
         self.batches.epoch, self.batches.first_step = epoch, first_step
-        for step, (imgs, labels, indices, readable) in enumerate(self.eval_batches(), first_step):
-            yield Batch(step, imgs, labels, self.warn_unreadable(indices[~readable]))
+        for step, (imgs, labels, indices, problems) in enumerate(self._batches(), first_step):
+            yield Batch(step, imgs, labels, self._warn_unreadable(indices, problems))
 
     def eval_batches(self) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
         """All batches as (imgs, labels, indices, readable), the last two [N] on the CPU.
 
-        An image that is not readable is replaced, see `ImageDataset`.
+        An image that is not readable is warned of and replaced, see `ImageDataset`.
         """
-        for images, labels, indices, readable in self._loader:
-            imgs = normalize(images.to(self.device, non_blocking=True))
-            yield imgs, labels.to(self.device, non_blocking=True), indices, readable
+        for imgs, labels, indices, problems in self._batches():
+            self._warn_unreadable(indices, problems)
+            yield imgs, labels, indices, torch.tensor([not problem for problem in problems])
 
-    def warn_unreadable(self, indices: Tensor) -> int:
+    def _batches(self) -> Iterator[tuple[Tensor, Tensor, Tensor, list[str]]]:
+        pixels = self.dataset.pixels
+        for images, labels, indices, problems in self._loader:
+            images = images.to(self.device, non_blocking=True)
+            imgs = data.normalize(images, pixels.mean, pixels.std)
+            yield imgs, labels.to(self.device, non_blocking=True), indices, problems
+
+    def _warn_unreadable(self, indices: Tensor, problems: list[str]) -> int:
         """Warn once about each unreadable image; returns how many there are."""
-        for index in indices.tolist():
-            path = self.dataset.paths[index]
-            if path not in self._warned:
-                self._warned.add(path)
-                say(f"warning: {path} is unreadable and skipped", sys.stderr)
-        return len(indices)
+        for index, problem in zip(indices.tolist(), problems, strict=True):
+            if problem and index not in self._warned:
+                self._warned.add(index)
+                say(f"warning: skipped as unreadable: {problem}", sys.stderr)
+        return len(problems) - problems.count("")
 
 
 def train_loader(
@@ -184,6 +209,7 @@ def train_loader(
     seed: int,
     num_workers: int,
     pin_mem: bool,
+    pixels: PixelFormat = RGB,
 ) -> ImageLoader:
     """One process's shuffled, augmented batches of `batch_size` images.
 
@@ -197,7 +223,7 @@ def train_loader(
             f"batch of {effective_batch} (batch_size x accum_iter x processes): lower --batch_size"
         )
     batches = ShuffledBatches(len(paths), batch_size, process, seed)
-    dataset = ImageDataset(paths, transform, seed)
+    dataset = ImageDataset(paths, transform, seed, pixels)
     return ImageLoader(dataset, batches, process, num_workers=num_workers, pin_mem=pin_mem)
 
 
@@ -210,10 +236,11 @@ def eval_loader(
     seed: int,
     num_workers: int,
     pin_mem: bool,
+    pixels: PixelFormat = RGB,
 ) -> ImageLoader:
     """Every image once over all processes, in order, resized and cropped at the centre."""
     return ImageLoader(
-        ImageDataset(paths, eval_transform(input_size), seed),
+        ImageDataset(paths, data.eval_transform(input_size), seed, pixels),
         OrderedBatches(len(paths), batch_size, process),
         process,
         num_workers=num_workers,
