@@ -5,11 +5,13 @@ training may change it. All other flags define the training.
 """
 
 import argparse
+import math
 import os
 from typing import Any
 
 from util.cli import integer, number, path
 from util.errors import warn
+from util.pixels import MAX_PIXELS
 
 
 class MayChange:
@@ -27,6 +29,11 @@ def fixed(parser: argparse.ArgumentParser, flags: dict[str, Any]) -> dict[str, A
     """The flags that define a training, all but those of `MayChange`, with their values."""
     free = {action.dest for action in parser._actions if getattr(action, "may_change", False)}
     return {name: value for name, value in flags.items() if name not in free}
+
+
+def fixed_by_default(parser: argparse.ArgumentParser) -> dict[str, Any]:
+    """The defaults of `fixed` flags: those of a training that is older than a flag."""
+    return fixed(parser, {action.dest: action.default for action in parser._actions})
 
 
 class HeightWidth(argparse.Action):
@@ -105,9 +112,24 @@ def add_device_flag(parser: argparse._ActionsContainer) -> None:
 
 def add_data_flags(parser: argparse.ArgumentParser) -> None:
     """Where images come from and how they are loaded."""
-    free = MayChange(parser.add_argument_group("Data"))
+    group = parser.add_argument_group("Data")
+    free = MayChange(group)
     free.add_argument(
-        "--data_path", type=path, metavar="DIR", required=True, help="folder of the images"
+        "--data_path",
+        type=path,
+        metavar="PATH",
+        required=True,
+        help="folder of the images, or of tar shards, or a text file of paths",
+    )
+    group.add_argument(
+        "--crop_scale",
+        type=number(0, 1, above=True),
+        nargs=2,
+        metavar=("LO", "HI"),
+        help="the random crop's area, as a share of the image's",
+    )
+    group.add_argument(
+        "--no_flip", action="store_true", help="don't flip images from left to right"
     )
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
@@ -122,6 +144,64 @@ def add_data_flags(parser: argparse.ArgumentParser) -> None:
         "--pin_mem", action="store_true", default=True, help="page-locked batches, for CUDA"
     )
     free.add_argument("--no_pin_mem", action="store_false", dest="pin_mem", help="ordinary memory")
+
+
+def add_pixel_flags(parser: argparse.ArgumentParser) -> None:
+    """What the model sees of a file, see `pixels.PixelFormat`; None where a flag is not given."""
+    group = parser.add_argument_group(
+        "Pixels", "stored in the checkpoint, and read from there by later commands"
+    )
+    group.add_argument(
+        "--in_chans",
+        type=integer(1),
+        metavar="N",
+        help="bands of an image; if not given, those that --bands names, or 3",
+    )
+    group.add_argument(
+        "--bands",
+        type=integer(0),
+        nargs="+",
+        metavar="I",
+        help="the file's bands to take, in this order, from 0; if not given, all",
+    )
+    group.add_argument(
+        "--value_range",
+        type=number(-math.inf),
+        nargs=2,
+        metavar=("LO", "HI"),
+        help="samples that become 0 and 1, in the file's units; others are clipped; if not given, "
+        "the range of the file's unsigned type",
+    )
+    group.add_argument(
+        "--mean",
+        type=number(-math.inf),
+        nargs="+",
+        metavar="X",
+        help="of each band, on the scale from 0 to 1; if not given, ImageNet's for three bands",
+    )
+    group.add_argument("--std", type=number(above=True), nargs="+", metavar="X", help="likewise")
+    group.add_argument(
+        "--nodata",
+        type=float,
+        metavar="V",
+        help="sample that stands for no data, in the file's units, or nan; it becomes 0 after "
+        "normalisation",
+    )
+    group.add_argument(
+        "--layout", choices=["hwc", "chw"], help="axes of a .npy file; if not given, hwc"
+    )
+    group.add_argument(
+        "--exif_orientation",
+        action="store_true",
+        default=None,
+        help="turn images as their EXIF tag says; if not given, they stay as they are stored",
+    )
+    MayChange(group).add_argument(
+        "--max_pixels",
+        type=integer(1),
+        default=MAX_PIXELS,
+        help="files that claim more pixels are not decoded",
+    )
 
 
 def add_optimization_flags(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:

@@ -65,22 +65,21 @@ class ImageDataset(torch.utils.data.Dataset):
         source = index
         for _ in range(10):
             try:
-                image = read_image(self.paths.source(source), self.pixels)
+                image = self.transform(read_image(self.paths.source(source), self.pixels))
                 break
             except UnreadableImage as error:
-                problem = problem or str(error)
+                reason, name = str(error), self.paths[source]
+                problem = problem or (reason if name in reason else f"{name} {reason}")
                 source = torch.randint(len(self.paths), ()).item()
         else:  # ten unreadable in a row: so many that the run will stop at the next log line
-            image = torch.zeros(self.pixels.in_chans, 1, 1, dtype=torch.uint8)
-        return self.transform(image), self.paths.labels[source], index, problem
+            image = self.transform(torch.zeros(self.pixels.in_chans, 1, 1, dtype=torch.uint8))
+        return image, self.paths.labels[source], index, problem
 
 
 def collate(samples: list[tuple[Tensor, Tensor, int, str]]) -> tuple[Tensor, Tensor, Tensor, list]:
-    """A batch of an `ImageDataset`'s samples; uint8 images become floats beside float ones."""
+    """A batch of an `ImageDataset`'s samples."""
     images, labels, indices, problems = zip(*samples, strict=True)
-    if len({image.dtype for image in images}) > 1:
-        images = tuple(data.to_float(image) for image in images)
-    return torch.stack(images), torch.stack(labels), torch.tensor(indices), list(problems)
+    return data.stack(images), torch.stack(labels), torch.tensor(indices), list(problems)
 
 
 class ShuffledBatches(torch.utils.data.Sampler):
@@ -195,7 +194,7 @@ class ImageLoader:
         for index, problem in zip(indices.tolist(), problems, strict=True):
             if problem and index not in self._warned:
                 self._warned.add(index)
-                say(f"warning: skipped as unreadable: {problem}", sys.stderr)
+                say(f"warning: an image is unreadable and skipped: {problem}", sys.stderr)
         return len(problems) - problems.count("")
 
 
