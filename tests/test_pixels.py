@@ -279,8 +279,13 @@ def test_pictures_of_values_in_a_corner_of_the_scale_are_stretched():
 
 @pytest.mark.parametrize(
     ("bands", "chosen", "expected"),
-    [(1, None, [0, 0, 0]), (2, None, [0, 0, 0]), (5, None, [0, 1, 2]), (5, [3, 1, 0], [3, 1, 0])]
-    + [(5, [4], [4, 4, 4])],
+    [
+        (1, None, [0, 0, 0]),
+        (2, None, [0, 0, 0]),
+        (5, None, [0, 1, 2]),
+        (5, [3, 1, 0], [3, 1, 0]),
+        (5, [4], [4, 4, 4]),
+    ],
 )
 def test_a_grid_shows_three_bands_or_grey(bands, chosen, expected):
     levels = torch.arange(bands) * 10
