@@ -36,27 +36,10 @@ def get_args_parser():
 def add_stats_parser(commands):
     parser = commands.add_parser("stats", description=STATS, help="statistics of every band")
     parser.set_defaults(run=stats)
-    flags.add_data_flags(parser)
+    flags.add_source_flags(parser)
+    flags.add_reading_flags(parser)
     parser.add_argument(
         "--max_images", type=cli.integer(1), help="measure only so many, spread evenly over all"
-    )
-    parser.add_argument(
-        "--nodata", type=float, metavar="V", help="sample that stands for no data, or nan; left out"
-    )
-    parser.add_argument(
-        "--bands", type=cli.integer(0), nargs="+", metavar="I", help="bands to take, from 0"
-    )
-    parser.add_argument(
-        "--layout", choices=["hwc", "chw"], default="hwc", help="axes of a .npy file with three"
-    )
-    parser.add_argument(
-        "--exif_orientation", action="store_true", help="turn images as their EXIF tag says"
-    )
-    parser.add_argument(
-        "--max_pixels",
-        type=cli.integer(1),
-        default=PixelFormat.max_pixels,
-        help="files that claim more are not decoded",
     )
     parser.add_argument(
         "--output", type=cli.path, metavar="FILE", help="write the statistics to it, as JSON"
@@ -71,8 +54,8 @@ def stats(args):
     pixels = PixelFormat(
         bands=tuple(args.bands) if args.bands else None,
         nodata=args.nodata,
-        layout=args.layout,
-        exif_orientation=args.exif_orientation,
+        layout=args.layout or "hwc",
+        exif_orientation=bool(args.exif_orientation),
         max_pixels=args.max_pixels,
     )
     paths = image_files.find_images(args.data_path, "train")
