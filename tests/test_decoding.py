@@ -342,6 +342,11 @@ def test_pgm_and_ppm_of_any_maxval_have_it_as_full_scale(kind, full):
     refusal(torn, chans(bands), UnreadableImage)
 
 
+@pytest.mark.parametrize("numbers", [b"1 2 3 999", b"1 2 3 -4", b"1 2 3", b"1 2 x 4"], ids=str)
+def test_plain_pgm_with_wrong_numbers_is_unreadable(numbers):
+    refusal(source(b"P2 2 2 255\n" + numbers), chans(1), UnreadableImage)
+
+
 @pytest.mark.parametrize("bits", [1, 2, 4])
 @pytest.mark.parametrize("color_type", [0, 3], ids=["grey", "palette"])
 def test_png_of_few_bits(bits, color_type):
@@ -725,6 +730,17 @@ def test_slices_of_an_imagej_stack_are_pages_even_where_only_one_is_listed():
     assert describe(tiff(stack[0], description=description, metadata=None)).pages == 700
 
 
+def test_a_volume_of_which_pillow_shows_the_last_plane_is_refused():
+    file = tiff(noise((4, 16, 16)), volumetric=True, metadata=None)
+    assert "a volume of 4 planes" in refusal(file, chans(1), UnreadableImage)
+
+
+def test_webp_in_a_tiff():
+    array = noise((48, 32, 3))
+    options = {"compression": "webp", "compressionargs": {"lossless": True}}
+    assert np.array_equal(hwc(read_image(tiff(array, photometric="rgb", **options))), array)
+
+
 def test_pages_in_a_circle_end():
     content = bytearray(tiff(noise((8, 8)), metadata=None).content)
     (first,) = struct.unpack_from("<I", content, 4)
@@ -962,7 +978,7 @@ def test_the_limit_is_checked_before_anything_is_decoded():
 
 @pytest.mark.parametrize("bits", [8, 10, 12])
 @pytest.mark.parametrize("kind", ["AVIF", "HEIF"])
-def test_bits_that_no_decoder_keeps_are_said(kind, bits):
+def test_bits_that_no_decoder_keeps_are_said(monkeypatch, kind, bits):
     array = noise((20, 32, 3), np.uint8 if bits == 8 else np.uint16, bits)
     if kind == "AVIF":
         if not features.check("avif"):
@@ -970,7 +986,7 @@ def test_bits_that_no_decoder_keeps_are_said(kind, bits):
         content = imagecodecs.avif_encode(array, bitspersample=bits, level=90)
     else:
         pillow_heif = pytest.importorskip("pillow_heif")
-        pillow_heif.options.SAVE_HDR_TO_12_BIT = bits == 12
+        monkeypatch.setattr(pillow_heif.options, "SAVE_HDR_TO_12_BIT", bits == 12)
         mode, scale = ("RGB", 1) if bits == 8 else ("RGB;16", 2 ** (16 - bits))
         pillow_heif.from_bytes(mode, (32, 20), (array * scale).tobytes()).save(
             buffer := io.BytesIO()
@@ -984,7 +1000,17 @@ def test_bits_that_no_decoder_keeps_are_said(kind, bits):
     assert image.dtype == torch.uint8 and image.shape == (3, 20, 32)
 
 
-def test_heic_is_read_where_its_plug_in_is(monkeypatch):
+def test_grey_heic_of_10_bits_keeps_them():
+    pillow_heif = pytest.importorskip("pillow_heif")
+    ramp = np.linspace(0, 1023, 64 * 64).reshape(64, 64).round().astype(np.uint16)
+    image = pillow_heif.from_bytes("I;16", (64, 64), (ramp * 64).tobytes())
+    image.save(buffer := io.BytesIO(), quality=-1)
+    file = source(buffer.getvalue(), "i.heic")
+    assert (str(describe(file)), describe(file).lost) == ("10-bit grey", "")
+    assert np.abs(hwc(read_image(file, chans(1)))[..., 0] - ramp / 1023).max() < 0.005
+
+
+def test_heic_is_read_where_its_plug_in_is():
     pillow_heif = pytest.importorskip("pillow_heif")
     image = photograph(64, 48)
     pillow_heif.from_pillow(image).save(buffer := io.BytesIO(), quality=95)

@@ -149,10 +149,12 @@ def open_pnm(file: BinaryIO) -> StoredImage | None:
 
     def read() -> np.ndarray:
         body = content[header.end() :]
-        if kind < 4:  # plain text
-            samples = np.array(re.sub(rb"#[^\n]*", b"", body).split(), np.int64).astype(dtype)
-            return samples[: np.prod(shape)].reshape(shape)
-        return np.frombuffer(body, dtype, np.prod(shape)).reshape(shape)
+        if kind > 3:
+            return np.frombuffer(body, dtype, np.prod(shape)).reshape(shape)
+        numbers = np.array(re.sub(rb"#[^\n]*", b"", body).split()[: np.prod(shape)], np.int64)
+        if len(numbers) < np.prod(shape) or numbers.min() < 0 or numbers.max() > full:
+            raise ValueError(f"is truncated, or holds other numbers than 0 to {full}")
+        return numbers.astype(dtype).reshape(shape)
 
     return StoredImage(Description("PPM", *shape, dtype.name, full.bit_length()), full, read)
 
@@ -228,7 +230,10 @@ def _stored_by_pillow(image: Image.Image, file: BinaryIO, head: bytes = b"") -> 
         bits, dtype = 32, "float32"
     elif image.format in ("AVIF", "HEIF"):
         bits = _coded_bits(file)
-        lost = f"{bits} bits a sample, of which 8 are read" if bits > 8 else ""
+        if mode.startswith("I;16"):  # of grey HEIC, at the top of 16 bits
+            dtype = "uint16"
+        elif bits > 8:
+            lost = f"{bits} bits a sample, of which 8 are read"
     alpha = bands in (2, 4)
     description = Description(
         str(image.format), image.height, image.width, bands, dtype, bits, alpha=alpha, lost=lost
@@ -241,7 +246,8 @@ def _stored_by_pillow(image: Image.Image, file: BinaryIO, head: bytes = b"") -> 
             file.seek(0)
             with contextlib.suppress(RuntimeError):  # animations, and what Pillow may still read
                 return decode_rgb(file.read()).permute(1, 2, 0).numpy()[..., :bands]
-        return pillow_samples(image, bits)
+        samples = pillow_samples(image, bits)
+        return samples >> (16 - bits) if dtype == "uint16" else samples
 
     return StoredImage(
         description,
@@ -314,16 +320,10 @@ def _coded_bits(file: BinaryIO) -> int:
     """Bits a sample of an AVIF or HEIC file, by the boxes that configure its decoder."""
     file.seek(0)
     content = file.read()
-    av1 = [
-        8 + (byte >> 6 & 1) * (2 + 2 * (byte >> 5 & 1)) for byte in _bytes_of(content, b"av1C", 2)
-    ]
-    hevc = [8 + byte % 8 for byte in _bytes_of(content, b"hvcC", 17)]
-    return max([8, *av1, *hevc])
-
-
-def _bytes_of(content: bytes, box: bytes, offset: int) -> list[int]:
-    """The byte at an offset of each box with a name."""
-    return [found[1][0] for found in re.finditer(box + b".{%d}(.)" % offset, content, re.DOTALL)]
+    av1 = re.findall(rb"av1C..(.)", content, re.DOTALL)
+    hevc = re.findall(rb"hvcC.{17}(.)", content, re.DOTALL)
+    bits = [{0x40: 10, 0x60: 12}.get(byte[0] & 0x60, 8) for byte in av1]
+    return max([8, *bits, *(8 + byte[0] % 8 for byte in hevc)])
 
 
 def _orientation(image: Image.Image) -> int:
