@@ -37,6 +37,71 @@ class ImageSource(NamedTuple):
     content: bytes | None = None
 
 
+class Description(NamedTuple):
+    """A stand-in."""
+
+    format: str
+    height: int
+    width: int
+    bands: int
+    dtype: str = "uint8"
+    bits: int = 8
+    pages: int = 1
+    alpha: bool = False
+    orientation: int = 1
+    lost: str = ""
+
+    def __str__(self) -> str:
+        names = {1: "grey", 2: "grey + alpha", 3: "RGB", 4: "RGBA" if self.alpha else "CMYK"}
+        if self.dtype == "float32":
+            return f"float32 {names[self.bands]}"
+        return f"{self.bits}-bit {names[self.bands]}"
+
+
+def image_suffixes() -> tuple[str, ...]:
+    """A stand-in."""
+    return tuple(".jpg .jpeg .jpe .jfif .png .webp .gif .bmp .tif .tiff .ppm .pgm .pbm".split())
+
+
+def missing_support(suffix: str) -> str | None:
+    """A stand-in."""
+    return {".heic": "pip install pillow-heif", ".cr2": "convert to .tif or .npy"}.get(suffix)
+
+
+def describe(source: ImageSource, pixels: PixelFormat = RGB) -> Description:
+    """A stand-in."""
+    try:
+        with Image.open(io.BytesIO(_content(source))) as image:
+            dtype, bits = {"F": ("float32", 32), "I;16": ("uint16", 16)}.get(
+                image.mode, ("uint8", 8)
+            )
+            if dtype == "float32" and pixels.value_range is None:
+                raise UnsuitableImage(f"{source.name} holds float32: add --value_range LO HI")
+            bands = 3 if image.mode == "P" else len(image.getbands())
+            orientation = image.getexif().get(0x0112, 1)
+            return Description(
+                image.format or "",
+                image.height,
+                image.width,
+                bands,
+                dtype,
+                bits,
+                getattr(image, "n_frames", 1),
+                "A" in image.mode,
+                orientation,
+            )
+    except UnsuitableImage:
+        raise
+    except Exception as error:
+        raise UnreadableImage(f"{source.name}: {error}") from error
+
+
+def read_samples(source: ImageSource, pixels: PixelFormat = RGB) -> np.ndarray:
+    """A stand-in."""
+    samples = np.asarray(Image.open(io.BytesIO(_content(source))))
+    return samples if samples.ndim == 3 else samples[:, :, None]
+
+
 def read_image(source: str | Path | ImageSource, pixels: PixelFormat = RGB) -> Tensor:
     """Decode an image.
 
