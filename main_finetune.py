@@ -298,7 +298,7 @@ def evaluate_checkpoint(args, process, amp_dtype):
 
 
 def find_val_images(args, contents, path):
-    """The held-out images; an error if flags or classes differ from those of the checkpoint."""
+    """The held-out images, labelled as the checkpoint's classes; an error if flags differ."""
     pretrained.check_flags(
         contents,
         path,
@@ -309,10 +309,9 @@ def find_val_images(args, contents, path):
             "input_size": args.input_size,
         },
     )
-    (val_paths,) = image_files.find_labelled_images(args.data_path, args.nb_classes, ["val"])
-    if "classes" in contents:
-        image_files.check_classes(val_paths, contents["classes"], path)
-    return val_paths
+    return image_files.find_images_to_evaluate(
+        args.data_path, args.nb_classes, contents.get("classes"), path
+    )
 
 
 def evaluate_classifier(args, process, amp_dtype, model, val_paths, path):

@@ -37,6 +37,9 @@ class ImageSource(NamedTuple):
     content: bytes | None = None
 
 
+_SUFFIXES = ".jpg .jpeg .jpe .jfif .png .webp .gif .bmp .tif .tiff .ppm .pgm .pbm .pnm".split()
+
+
 class Description(NamedTuple):
     """A stand-in."""
 
@@ -60,7 +63,7 @@ class Description(NamedTuple):
 
 def image_suffixes() -> tuple[str, ...]:
     """A stand-in."""
-    return tuple(".jpg .jpeg .jpe .jfif .png .webp .gif .bmp .tif .tiff .ppm .pgm .pbm".split())
+    return tuple(_SUFFIXES)
 
 
 def missing_support(suffix: str) -> str | None:
