@@ -133,7 +133,7 @@ class Meter:
         self.totals = state.totals
         self.epoch = state.epoch
         self.steps = len(loader)
-        self.images = len(loader.dataset)
+        self.loader = loader
         self.images_per_step = loader.images_per_step
         self.log_every = log_every
         for name in ("steps", "images", "loss", "lr", "seconds", "waited", "bad"):
@@ -218,9 +218,12 @@ class Meter:
 
     def _check_readable(self) -> None:
         bad = self.totals["bad"]
-        if bad >= MIN_UNREADABLE and bad > MAX_UNREADABLE_SHARE * self.images:
+        if bad < MIN_UNREADABLE:
+            return
+        images = len(self.loader.dataset)
+        if bad > MAX_UNREADABLE_SHARE * images:
             raise UserError(
-                f"{bad} of the folder's {self.images:,} images are unreadable, at least "
+                f"{bad} of the folder's {images:,} images are unreadable, at least "
                 f"{MIN_UNREADABLE} and more than {MAX_UNREADABLE_SHARE:.0%}: repair or remove the "
                 "files warned about"
             )

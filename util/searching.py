@@ -121,25 +121,30 @@ def _look_into(
     """The folders in a folder, and whether they are links; its images are added to `names`."""
     subfolders = []
     before = len(names)
+    prefix = folder + b"/" if folder else b""  # here os.path's functions would double the time
     try:
         with os.scandir(os.path.join(root, folder)) as entries:
             for entry in entries:
-                path = os.path.join(folder, entry.name)
-                is_folder, suffix = _is_folder(entry), os.path.splitext(entry.name)[1].lower()
-                if entry.name.startswith(b".") or entry.name.lower() in SYSTEM_NAMES:
-                    if is_folder:
-                        found.hidden_folders.append(os.fsdecode(path))
+                name = entry.name
+                lower = name.lower()
+                _, dot, letters = lower.rpartition(b".")
+                suffix = dot and dot + letters
+                if name.startswith(b".") or lower in SYSTEM_NAMES:
+                    if _is_folder(entry):
+                        found.hidden_folders.append(os.fsdecode(prefix + name))
                     else:
                         found.hidden_files += 1
-                elif is_folder:
-                    subfolders.append((entry.name, entry.is_symlink()))
-                elif entry.is_symlink() and not os.path.exists(os.path.join(root, path)):
-                    found.missing.append(os.fsdecode(path))
-                elif suffix in suffixes:
-                    found.images[os.fsdecode(suffix)] += 1
-                    names.append(path)
-                else:
+                elif _is_folder(entry):
+                    subfolders.append((name, entry.is_symlink()))
+                elif suffix and suffix not in suffixes:
                     found.others[os.fsdecode(suffix)] += 1
+                elif entry.is_symlink() and not os.path.exists(entry.path):
+                    found.missing.append(os.fsdecode(prefix + name))
+                elif suffix:
+                    found.images[suffix.decode()] += 1
+                    names.append(prefix + name)
+                else:
+                    found.others[""] += 1
     except OSError as error:
         if not folder:
             raise UserError(f"{os.fsdecode(root)} can't be read: {error.strerror}") from error
