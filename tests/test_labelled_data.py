@@ -132,6 +132,7 @@ def test_a_held_out_image_that_cannot_be_read_is_the_users_error(tmp_path, user_
         (["0/cat", "1/cat", "0/dog", "1/dog"], "the classes are 0, 1, not the folders below (cat"),
         (["a/one", "b/two"], None),
         (["a/one", "b/one"], None),
+        (["a/one", "a/two", "b/three", "b/four"], None),
         (["a", "a/one", "a/two"], "only one class"),
         (["a", "b", "a/one", "a/two", "b/one", "b/two"], None),
         (["train/cat", "val/cat"], "it holds train and val: it may be what --data_path should"),
