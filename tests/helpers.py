@@ -67,7 +67,7 @@ def in_mode(mode):
 def encode(image_format, mode="RGB", **options):
     """A photograph as the bytes of a file; with `save_all` an animation that begins with it."""
     if "save_all" in options:
-        options = options | {"append_images": [photograph(61, 47, seed=2)]}
+        options = options | {"append_images": [photograph(61, 47, seed=2).copy()]}
     buffer = io.BytesIO()
     in_mode(mode).save(buffer, image_format, **options)
     return buffer.getvalue()

@@ -236,7 +236,8 @@ def test_a_model_of_as_many_bands_as_the_file_gets_them_all(mode, bands):
     expected = np.asarray(image.convert("RGB") if mode in ("P", "CMYK") else image)
     file = source(encode("TIFF", mode))
     assert np.array_equal(hwc(read_image(file, chans(bands))), expected.reshape(47, 61, bands))
-    for other in {1, 2, 4, 5} - {bands}:
+    colours = bands - (mode in ("LA", "RGBA"))
+    for other in {1, 2, 4, 5} - {bands, colours}:
         assert f"add --in_chans {bands}, or choose with --bands" in refusal(file, chans(other))
 
 
@@ -488,7 +489,8 @@ def test_not_a_number_and_infinity_are_refused():
         array[2, 3] = bad
         for file in (npy(array), tiff(array)):
             for read in (read_image, read_samples):
-                refused = {"error": UnreadableImage, "read": read}
+                error = UnsuitableImage if np.isnan(bad) else UnreadableImage
+                refused = {"error": error, "read": read}
                 pixels = chans(1, value_range=(0, 1))
                 assert "--nodata nan" in refusal(file, pixels, **refused)
                 pixels = chans(1, value_range=(0, 1), nodata=-9999)

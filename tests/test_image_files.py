@@ -422,7 +422,7 @@ def test_an_odd_folder_of_links_and_sizes(tmp_path, said):
 def test_an_odd_folder_of_types(tmp_path, said):
     """Pages, alpha, depth, orientation: each is said with what to do."""
     photograph(61, 47).save(tmp_path / "1.jpg", exif=orientation(6))
-    pages = [photograph(61, 47, seed=seed) for seed in range(5)]
+    pages = [photograph(61, 47, seed=seed).copy() for seed in range(5)]
     pages[0].save(tmp_path / "2.tif", save_all=True, append_images=pages[1:])
     photograph(20, 30).convert("RGBA").save(tmp_path / "3.png")
     Image.fromarray(np.arange(0, 4096, dtype=np.uint16).reshape(64, 64)).save(tmp_path / "4.png")
@@ -494,7 +494,10 @@ def test_a_file_that_needs_a_flag_is_the_users_error(tmp_path, user_error):
     fill(tmp_path, ["1.jpg", "3.jpg"])
     Image.fromarray(np.zeros((4, 4), np.float32)).save(tmp_path / "2.tif")
     message = user_error(lambda: image_files.find_images(tmp_path, "train"))
-    assert message == f"{tmp_path}/2.tif holds float32: add --value_range LO HI"
+    assert message == (
+        f"{tmp_path}/2.tif holds float32 grey, a type without a scale of its own: "
+        "add --value_range LO HI"
+    )
 
 
 def test_unreadable_files_of_the_sample_are_named(tmp_path, said):

@@ -100,15 +100,14 @@ def read_samples(source: str | Path | ImageSource, pixels: PixelFormat = RGB) ->
     """An image's samples in the file's own units and type.
 
     Returns:
-        [H, W, bands]: `pixels.bands`, or all that are stored but a declared alpha; neither scaled
-        nor clipped; where 0 is white, inverted.
+        [H, W, bands]: `pixels.bands`, or all that are stored; neither scaled nor clipped; where 0
+        is white, inverted.
 
     Raises:
         UnreadableImage, UnsuitableImage: as `read_image`, but a type without a scale is read.
     """
     with _opened(source, pixels) as stored:
-        colours = stored.description.bands - stored.description.alpha
-        samples = _chosen_samples(stored, replace(pixels, in_chans=colours))
+        samples = _chosen_samples(stored, replace(pixels, in_chans=stored.description.bands))
         return np.require(samples, samples.dtype.newbyteorder("="), ["C", "W"])
 
 
@@ -261,7 +260,6 @@ def _reason(error: Exception) -> str:
     return f"is damaged ({text or type(error).__name__})"
 
 
-@functools.cache
 def image_suffixes() -> tuple[str, ...]:
     """The suffixes of files that can be read here, which depends on Pillow's libraries."""
     suffixes = (

@@ -107,13 +107,15 @@ class Measurements(torch.utils.data.Dataset):
         source = self.paths.source(int(self.chosen[index]))
         try:
             samples = read_samples(source, self.pixels)
-            bits = describe(source, self.pixels).bits
+            description = describe(source, self.pixels)
         except UnsuitableImage as error:
             return UserError(str(error))
         except UnreadableImage as error:
             return error
+        if description.alpha and self.pixels.bands is None:
+            samples = samples[..., :-1]
         height, width, bands = samples.shape
-        kind = Kind(samples.dtype.name, _full_scale(samples.dtype, bits), bands)
+        kind = Kind(samples.dtype.name, _full_scale(samples.dtype, description.bits), bands)
         tallies = [kind.tally(index, int(self.thinned)) for _ in range(bands)]
         for rows in _slices(samples):
             for tally, values in zip(tallies, rows, strict=True):
