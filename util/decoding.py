@@ -1,14 +1,16 @@
 """Image files of any kind to tensors: what they declare, and their samples on a stated scale."""
 
+import contextlib
 import io
 import os
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import ExifTags, Image, ImageOps
 from torch import Tensor
 from torchvision.io import ImageReadMode, decode_image
 
@@ -37,8 +39,16 @@ class ImageSource(NamedTuple):
     content: bytes | None = None
 
 
-def read_image(source: str | Path | ImageSource, pixels: PixelFormat = RGB) -> Tensor:
+def read_image(
+    source: str | Path | ImageSource,
+    pixels: PixelFormat = RGB,
+    reduction: Callable[[int, int], int] | None = None,
+) -> Tensor:
     """Decode an image.
+
+    Args:
+        reduction: asked, with the height and width of a JPEG that is to be 8-bit RGB, by how much
+            to divide them, 1, 2, 4 or 8; they are rounded up. Other files are read in full.
 
     Returns:
         [bands, H, W]: uint8 where the file has at most 8 bits a sample and neither a value range
@@ -52,6 +62,9 @@ def read_image(source: str | Path | ImageSource, pixels: PixelFormat = RGB) -> T
         source = ImageSource(str(source), str(source))
     try:
         encoded = _content(source)
+        reduced = _decode_reduced(encoded, pixels, reduction) if reduction else None
+        if reduced is not None:
+            return reduced
         try:
             return _decode_with_torchvision(encoded)
         except (RuntimeError, ValueError):
@@ -68,6 +81,32 @@ def _content(source: ImageSource) -> bytearray:
         raise FileNotFoundError("no such file")
     with open(source.path, "rb", buffering=0) as file:
         return bytearray(file.readall())
+
+
+def _decode_reduced(
+    encoded: bytearray, pixels: PixelFormat, reduction: Callable[[int, int], int]
+) -> Tensor | None:
+    """A JPEG by libjpeg's reduced DCT, as `read_image` says; None where it is read in full."""
+    if encoded[:3] != b"\xff\xd8\xff":
+        return None
+    with warnings.catch_warnings(), contextlib.suppress(OSError, Image.DecompressionBombError):
+        warnings.simplefilter("ignore")
+        image: Image.Image = Image.open(io.BytesIO(encoded), formats=["JPEG"])
+        width, height = image.size
+        orientation = 1
+        if pixels.exif_orientation:
+            orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
+        if orientation != 1 and (width % 8 or height % 8):
+            return None  # a last row or column of part of a pixel would be turned into a first one
+        turned = orientation in range(5, 9)
+        divisor = reduction(width, height) if turned else reduction(height, width)
+        if divisor == 1:
+            return None
+        image.draft(image.mode, (width // divisor, height // divisor))
+        if orientation != 1:
+            image = ImageOps.exif_transpose(image)
+        return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
+    return None
 
 
 def _decode_with_torchvision(encoded: bytearray) -> Tensor:
