@@ -10,6 +10,7 @@ import pytest
 import torch
 from helpers import CPU, difference, photograph, pixels
 from PIL import Image, JpegImagePlugin
+from torchvision.transforms import v2
 
 from util import data, decoding, image_files, loading
 from util.distributed import Process
@@ -257,6 +258,21 @@ def test_other_pixels_are_read_in_full_with_a_warning(pixel_format, tmp_path, ca
     )
     assert not loader.dataset.reduces
     assert capsys.readouterr().err.startswith("warning: --decode scaled is for the three bands of ")
+
+
+@pytest.mark.parametrize("bands", [1, 2, 3, 4, 13])
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.float32], ids=str)
+def test_the_layout_of_an_image_changes_no_bit_of_its_crop(bands, dtype):
+    planar = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (bands, 90, 120)))
+    planar = planar.to(dtype) if dtype == torch.uint8 else planar.to(dtype) / 255
+    interleaved = planar.permute(1, 2, 0).contiguous().permute(2, 0, 1)
+    for size in ((16, 24), (100, 130)):
+        crops = [data.resized_crop(image, 5, 9, 71, 93, size) for image in (planar, interleaved)]
+        expected = v2.functional.resized_crop(
+            planar, 5, 9, 71, 93, list(size), data.BICUBIC, antialias=True
+        )
+        assert torch.equal(*crops)
+        assert torch.equal(crops[0], expected if dtype == torch.uint8 else expected.clamp(0, 1))
 
 
 # ---- commands
