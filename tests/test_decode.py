@@ -145,6 +145,12 @@ def test_a_turned_image_with_part_of_a_block_at_its_edge_is_not_reduced():
         decoding.read_image(source, PixelFormat(exif_orientation=True), pytest.fail)
 
 
+def test_a_jpeg_of_too_many_pixels_is_refused():
+    source = decoding.ImageSource("a.jpg", content=jpeg(640, 480))
+    with pytest.raises(decoding.UnreadableImage, match="claims 640 x 480"):
+        decoding.read_image(source, PixelFormat(max_pixels=640 * 479), lambda *_: 8)
+
+
 def test_of_several_images_in_a_jpeg_the_first_is_read():
     buffer = io.BytesIO()
     first, second = photograph(640, 480), photograph(640, 480, seed=1)

@@ -341,5 +341,5 @@ def _channel_statistics(
     mean: tuple[float, ...], std: tuple[float, ...], device: torch.device
 ) -> tuple[Tensor, Tensor]:
     """Mean and standard deviation per band, each [C, 1, 1]."""
-    means, stds = torch.tensor([mean, std], device=device)[:, :, None, None]
+    means, stds = torch.tensor([mean, std], dtype=torch.float32, device=device)[..., None, None]
     return means, stds

@@ -45,6 +45,15 @@ class HeightWidth(argparse.Action):
         setattr(namespace, self.dest, values[0] if len(set(values)) == 1 else tuple(values))
 
 
+class LowHigh(argparse.Action):
+    """Stores two numbers as (LO, HI)."""
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option: Any = None) -> None:
+        if values[0] > values[1]:
+            raise argparse.ArgumentError(self, f"LO {values[0]:g} is above HI {values[1]:g}")
+        setattr(namespace, self.dest, tuple(values))
+
+
 class DistEval(argparse.Action):
     """Says that the flag is not needed."""
 
@@ -110,9 +119,8 @@ def add_device_flag(parser: argparse._ActionsContainer) -> None:
     )
 
 
-def add_data_flags(parser: argparse.ArgumentParser) -> None:
-    """Where images come from and how they are loaded."""
-    group = parser.add_argument_group("Data")
+def add_source_flags(group: argparse._ActionsContainer) -> None:
+    """Where images come from, and how many processes read them."""
     free = MayChange(group)
     free.add_argument(
         "--data_path",
@@ -121,10 +129,26 @@ def add_data_flags(parser: argparse.ArgumentParser) -> None:
         required=True,
         help="folder of the images, or of tar shards, or a text file of paths",
     )
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    free.add_argument(
+        "--num_workers",
+        type=integer(0),
+        default=max(1, min(10, (cores or 1) // processes)),
+        help="processes that load images for each training process; results don't depend on it; "
+        "the default shares out the machine's cores",
+    )
+
+
+def add_data_flags(parser: argparse.ArgumentParser) -> None:
+    """Where images come from and how they are loaded."""
+    group = parser.add_argument_group("Data")
+    add_source_flags(group)
     group.add_argument(
         "--crop_scale",
         type=number(0, 1, above=True),
         nargs=2,
+        action=LowHigh,
         metavar=("LO", "HI"),
         help="the random crop's area, as a share of the image's",
     )
@@ -139,15 +163,7 @@ def add_data_flags(parser: argparse.ArgumentParser) -> None:
         "their size, which leaves a crop at least twice as large as the model's image; pixels "
         "differ a little",
     )
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    free.add_argument(
-        "--num_workers",
-        type=integer(0),
-        default=max(1, min(10, (cores or 1) // processes)),
-        help="processes that load images for each training process; results don't depend on it; "
-        "the default shares out the machine's cores",
-    )
+    free = MayChange(group)
     free.add_argument(
         "--pin_mem", action="store_true", default=True, help="page-locked batches, for CUDA"
     )
@@ -166,16 +182,10 @@ def add_pixel_flags(parser: argparse.ArgumentParser) -> None:
         help="bands of an image; if not given, those that --bands names, or 3",
     )
     group.add_argument(
-        "--bands",
-        type=integer(0),
-        nargs="+",
-        metavar="I",
-        help="the file's bands to take, in this order, from 0; if not given, all",
-    )
-    group.add_argument(
         "--value_range",
         type=number(-math.inf),
         nargs=2,
+        action=LowHigh,
         metavar=("LO", "HI"),
         help="samples that become 0 and 1, in the file's units; others are clipped; if not given, "
         "the range of the file's unsigned type",
@@ -188,6 +198,18 @@ def add_pixel_flags(parser: argparse.ArgumentParser) -> None:
         help="of each band, on the scale from 0 to 1; if not given, ImageNet's for three bands",
     )
     group.add_argument("--std", type=number(above=True), nargs="+", metavar="X", help="likewise")
+    add_reading_flags(group)
+
+
+def add_reading_flags(group: argparse._ActionsContainer) -> None:
+    """The flags of `pixels.PixelFormat` that concern the file itself."""
+    group.add_argument(
+        "--bands",
+        type=integer(0),
+        nargs="+",
+        metavar="I",
+        help="the file's bands to take, in this order, from 0; if not given, all",
+    )
     group.add_argument(
         "--nodata",
         type=float,
