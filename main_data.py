@@ -58,7 +58,7 @@ def stats(args):
         exif_orientation=bool(args.exif_orientation),
         max_pixels=args.max_pixels,
     )
-    paths = image_files.find_images(args.data_path, "train")
+    paths = image_files.find_images(args.data_path, "train", pixels, as_stored=True)
     if args.max_images and args.max_images < len(paths):
         print(f"measuring {args.max_images} of {len(paths)} images, spread evenly", flush=True)
     found = survey_statistics(

@@ -83,6 +83,11 @@ def fill(root, names, content=None):
     return root
 
 
+def relative_names(paths):
+    """What an ImagePaths lists, without its folder."""
+    return [os.path.relpath(path, os.fsdecode(paths.root)) for path in paths]
+
+
 def pixels(image):
     """A Pillow image in RGB as a tensor [3, height, width]."""
     return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)

@@ -3,7 +3,6 @@
 import gc
 import itertools
 import multiprocessing
-import os
 import shutil
 import signal
 import subprocess
@@ -13,25 +12,28 @@ import time
 import numpy as np
 import pytest
 import torch
-from helpers import CPU, difference, encode, fill, photograph, pixels, resize_in_passes
+from helpers import (
+    CPU,
+    difference,
+    encode,
+    fill,
+    photograph,
+    pixels,
+    relative_names,
+    resize_in_passes,
+)
 from PIL import Image
 from torchvision import transforms
 from torchvision.transforms import v2
 
 from util import data, decoding, image_files, loading
 from util.distributed import Process
-from util.errors import UserError
 
 ALONE = Process(0, 1, CPU)
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 # ---- images and folders to test on
-
-
-def relative_names(paths):
-    """What an ImagePaths lists, without its folder."""
-    return [os.path.relpath(path, os.fsdecode(paths.root)) for path in paths]
 
 
 @pytest.fixture(scope="session")
@@ -82,6 +84,13 @@ def test_a_damaged_png_crashes_no_worker(tmp_path):
     loader = image_loader(tmp_path, batch_size=2, num_workers=1)
     (batch,) = loader.train_batches(0)
     assert batch.unreadable == 1
+
+
+def test_32_bit_integers_of_8_bits_are_kept_and_of_16_are_scaled(tmp_path):
+    values = np.arange(256, dtype=np.int32).reshape(16, 16)
+    for scale in (1, 256):
+        Image.fromarray(values * scale).save(tmp_path / "deep.tif")
+        assert np.array_equal(decoding.read_image(tmp_path / "deep.tif")[0], values)
 
 
 # ---- transforms
@@ -196,148 +205,6 @@ def test_denormalize_clamps_to_colors():
     colors = data.denormalize(torch.tensor([-9.0, 9.0])[:, None, None, None].expand(2, 3, 2, 2))
     assert colors[0].eq(0).all()
     assert colors[1].eq(1).all()
-
-
-# ---- folders
-
-
-@pytest.mark.parametrize(
-    ("names", "expected"),
-    [
-        (["train/cat/1.jpg", "train/dog/2.jpg", "val/cat/3.jpg"], ["cat/1.jpg", "dog/2.jpg"]),
-        (["train/2.jpg", "train/1.jpg", "3.jpg"], ["1.jpg", "2.jpg"]),
-        (
-            ["train/a/b/c/1.jpg", "train/a/2.jpg", "train/3.jpg"],
-            ["3.jpg", "a/2.jpg", "a/b/c/1.jpg"],
-        ),
-        (["2.jpg", "1.jpg"], ["1.jpg", "2.jpg"]),
-        (["cat/1.jpg", "dog/2.jpg"], ["cat/1.jpg", "dog/2.jpg"]),
-        (["a/b/c/1.jpg", "a/2.jpg", "3.jpg"], ["3.jpg", "a/2.jpg", "a/b/c/1.jpg"]),
-    ],
-    ids=["labelled", "flat train", "nested train", "flat", "labelled without train", "nested"],
-)
-def test_training_images_are_those_below_train_or_else_all(tmp_path, names, expected):
-    paths = image_files.find_images(fill(tmp_path, names), "train")
-    assert relative_names(paths) == expected
-    assert len(paths) == len(expected)
-    assert all(decoding.read_image(path).shape == (3, 47, 61) for path in paths)
-
-
-def test_held_out_images_are_those_below_val_or_none(tmp_path):
-    fill(tmp_path, ["train/cat/1.jpg", "2.jpg"])
-    assert image_files.find_images(tmp_path, "val") is None
-    fill(tmp_path, ["val/cat/3.jpg"])
-    assert relative_names(image_files.find_images(tmp_path, "val")) == ["cat/3.jpg"]
-
-
-def test_hidden_files_and_other_files_are_ignored(tmp_path):
-    fill(tmp_path, [".1.jpg", "._2.jpg", ".cache/3.jpg", "a/.b/4.jpg", "a/._5.jpg"])
-    fill(tmp_path, ["labels.csv", "a/notes.txt", "a/6.jpg.txt", "a/jpg", "a/7jpg", "Thumbs.db"])
-    fill(tmp_path, ["a/8.jpg", "folder.jpg/9.jpg"])
-    assert relative_names(image_files.ImagePaths(tmp_path)) == ["a/8.jpg", "folder.jpg/9.jpg"]
-
-
-def test_links_in_circles_count_an_image_once(tmp_path):
-    fill(tmp_path, ["a/1.jpg", "2.jpg"])
-    (tmp_path / "a/up").symlink_to(tmp_path)
-    (tmp_path / "a/self").symlink_to(tmp_path / "a")
-    assert relative_names(image_files.ImagePaths(tmp_path)) == ["2.jpg", "a/1.jpg"]
-
-
-def test_symlinked_folders_and_files_are_followed(tmp_path):
-    elsewhere = fill(tmp_path / "elsewhere", ["cats/1.jpg", "2.jpg"])
-    fill(tmp_path / "images", ["train/dog/3.jpg"])
-    (tmp_path / "images/train/cat").symlink_to(elsewhere / "cats")
-    (tmp_path / "images/train/dog/4.jpg").symlink_to(elsewhere / "2.jpg")
-    paths = image_files.find_images(tmp_path / "images", "train")
-    assert relative_names(paths) == ["cat/1.jpg", "dog/3.jpg", "dog/4.jpg"]
-    (tmp_path / "linked").symlink_to(tmp_path / "images")
-    assert relative_names(image_files.find_images(tmp_path / "linked", "train")) == relative_names(
-        paths
-    )
-
-
-@pytest.mark.parametrize(
-    "name",
-    [
-        "with space .jpg",
-        "a folder/it's.jpg",
-        "na\u00efve \u65e5\u672c.jpg",
-        "new\nline.jpg",
-        pytest.param(
-            b"caf\xe9/\xff.jpg",
-            marks=pytest.mark.skipif(sys.platform == "darwin", reason="macOS refuses such names"),
-        ),
-    ],
-    ids=ascii,
-)
-def test_any_name_is_found_and_read(tmp_path, name):
-    (path,) = image_files.find_images(fill(tmp_path, [name]), "train")
-    assert os.fsencode(path) == os.path.join(os.fsencode(tmp_path), os.fsencode(name))
-    assert decoding.read_image(path).shape == (3, 47, 61)
-
-
-def test_paths_are_in_the_order_of_their_bytes(tmp_path):
-    names = ["b/1.jpg", "a/9.jpg", "a/10.jpg", "a b/1.jpg", "a.jpg", "Z.jpg", "\u00e4.jpg", "z.jpg"]
-    paths = image_files.ImagePaths(fill(tmp_path, names))
-    expected = sorted(names, key=os.fsencode)
-    assert relative_names(paths) == expected
-    for index in (5, 0, 7, 4):
-        assert paths[index] == str(tmp_path / expected[index])
-
-
-def test_the_fingerprint_is_that_of_the_names(tmp_path):
-    """Wherever the folder is and in whatever order its files were written."""
-    names = ["a/1.jpg", "a/2.jpg", "b/1.jpg"]
-    fingerprint = image_files.ImagePaths(fill(tmp_path / "original", names)).fingerprint
-    copy = fill(tmp_path / "copy", reversed(names))
-    assert image_files.ImagePaths(copy).fingerprint == fingerprint
-    seen = {fingerprint}
-    for number, changed in enumerate(
-        [
-            [*names, "b/2.jpg"],
-            names[:-1],
-            ["a/1.jpg", "a/2.jpg", "b/3.jpg"],
-            ["a/1.jpg", "b/1.jpg", "b/2.jpg"],
-            ["a/1.jpga/2.jpg", "b/1.jpg"],
-        ],
-        start=1,
-    ):
-        seen.add(image_files.ImagePaths(fill(tmp_path / str(number), changed)).fingerprint)
-        assert len(seen) == 1 + number
-
-
-@pytest.mark.parametrize("split", ["train", "val"])
-def test_folders_without_images_are_the_users_error(tmp_path, split):
-    (tmp_path / split).mkdir()
-    with pytest.raises(UserError, match=f"{split} has no images"):
-        image_files.find_images(tmp_path, split)
-    fill(tmp_path, [f"{split}/notes.txt", f"{split}/.1.jpg"])
-    with pytest.raises(UserError, match=f"{split} has no images"):
-        image_files.find_images(tmp_path, split)
-
-
-def test_a_missing_path_and_a_file_are_the_users_error(tmp_path):
-    with pytest.raises(UserError, match="missing does not exist"):
-        image_files.find_images(tmp_path / "missing", "train")
-    fill(tmp_path, ["1.jpg"])
-    with pytest.raises(UserError, match=r"1\.jpg is a file"):
-        image_files.find_images(tmp_path / "1.jpg", "train")
-
-
-@pytest.mark.parametrize("count", [1, 30, 100])
-def test_a_folder_with_no_readable_image_is_the_users_error(tmp_path, count):
-    names = [f"{index:03d}.jpg" for index in range(count)]
-    fill(tmp_path, names, b"torn")
-    with pytest.raises(UserError, match=r"no readable images.*000\.jpg"):
-        image_files.find_images(tmp_path, "train")
-
-
-@pytest.mark.parametrize("readable", range(0, 20, 3))
-def test_one_readable_image_in_a_small_folder_is_enough(tmp_path, readable):
-    fill(tmp_path, [f"{index:03d}.jpg" for index in range(20)], b"torn")
-    fill(tmp_path, [f"{readable:03d}.jpg"])
-    assert len(image_files.find_images(tmp_path, "train")) == 20
 
 
 # ---- samples

@@ -9,6 +9,7 @@ import re
 import stat
 import warnings
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
@@ -117,16 +118,18 @@ def _read_plain_jpeg(source: ImageSource, pixels: PixelFormat) -> Tensor | None:
 
 
 def read_samples(source: str | Path | ImageSource, pixels: PixelFormat = RGB) -> np.ndarray:
-    """The bands that `read_image` takes, in the file's own units and type.
+    """An image's samples in the file's own units and type.
 
     Returns:
-        [H, W, pixels.in_chans]: neither scaled nor clipped; where 0 is white, inverted.
+        [H, W, bands]: `pixels.bands`, or all that are stored but a declared alpha; neither scaled
+        nor clipped; where 0 is white, inverted.
 
     Raises:
         UnreadableImage, UnsuitableImage: as `read_image`, but a type without a scale is read.
     """
     with _opened(source, pixels) as stored:
-        samples = _chosen_samples(stored, pixels)
+        colours = stored.description.bands - stored.description.alpha
+        samples = _chosen_samples(stored, replace(pixels, in_chans=colours))
         return np.require(samples, samples.dtype.newbyteorder("="), ["C", "W"])
 
 
@@ -205,7 +208,7 @@ def _chosen_samples(stored: StoredImage, pixels: PixelFormat) -> np.ndarray:
         if pixels.nodata is not None:
             unusable &= ~_missing(samples, pixels.nodata)
         if np.isnan(samples[unusable]).any():
-            raise ValueError("holds NaN: add --nodata nan if that stands for no data")
+            raise UnsuitableImage("holds NaN: add --nodata nan if that stands for no data")
         if unusable.any():
             raise ValueError(
                 "holds infinite samples, which --nodata nan doesn't cover: replace them"
@@ -225,8 +228,10 @@ def _chosen_bands(description: Description, pixels: PixelFormat) -> list[int]:
     if count == pixels.in_chans:
         return list(range(count))
     colours = count - description.alpha
-    if pixels.in_chans == 3 and colours in (1, 3):
-        return [0, 0, 0] if colours == 1 else [0, 1, 2]
+    if pixels.in_chans == colours:
+        return list(range(colours))
+    if pixels.in_chans == 3 and colours == 1:
+        return [0, 0, 0]
     advice = f"add --in_chans {count}, or choose with --bands"
     if description.format == "NPY" and pixels.layout == "hwc" and description.height < count:
         advice += f", or add --layout chw if it is {description.height} bands"
