@@ -357,6 +357,7 @@ def batching(args, pixel_format):
         "num_workers": args.num_workers,
         "pin_mem": args.pin_mem,
         "pixels": pixel_format,
+        "decode": args.decode,
     }
 
 

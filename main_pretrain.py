@@ -102,6 +102,7 @@ def pretrain(args, process, amp_dtype):
         num_workers=args.num_workers,
         pin_mem=args.pin_mem,
         pixels=pixel_format,
+        decode=args.decode,
     )
     transform = data.pretrain_transform(args.input_size, args.crop_scale, not args.no_flip)
     train_loader = loading.train_loader(

@@ -8,7 +8,7 @@ import os
 import re
 import stat
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
@@ -47,11 +47,19 @@ def describe(source: str | Path | ImageSource, pixels: PixelFormat = RGB) -> Des
         return stored.description._replace(pages=stored.pages(), orientation=stored.orientation())
 
 
-def read_image(source: str | Path | ImageSource, pixels: PixelFormat = RGB) -> Tensor:
+def read_image(
+    source: str | Path | ImageSource,
+    pixels: PixelFormat = RGB,
+    reduction: Callable[[int, int], int] | None = None,
+) -> Tensor:
     """Decode an image; of several pages or frames, the first.
 
     An unsigned type's range, or `pixels.value_range`, becomes 0 to 1; grey becomes three equal
     bands for a model of three, which doesn't see an alpha band.
+
+    Args:
+        reduction: asked, with the height and width of a JPEG that is to be 8-bit RGB, by how much
+            to divide them, 1, 2, 4 or 8; they are rounded up. Other files are read in full.
 
     Returns:
         [pixels.in_chans, H, W]: uint8 where the file has at most 8 bits a sample and neither a
@@ -63,7 +71,9 @@ def read_image(source: str | Path | ImageSource, pixels: PixelFormat = RGB) -> T
         UnsuitableImage: it needs other flags or a package.
     """
     source = _as_source(source)
-    image = _read_plain_jpeg(source, pixels)
+    image = _read_reduced_jpeg(source, pixels, reduction) if reduction else None
+    if image is None:
+        image = _read_plain_jpeg(source, pixels)
     if image is not None:
         return image
     with _opened(source, pixels) as stored:
@@ -74,6 +84,17 @@ def read_image(source: str | Path | ImageSource, pixels: PixelFormat = RGB) -> T
             )
         samples = _scaled(_chosen_samples(stored, pixels), stored.full, pixels)
         return torch.from_numpy(np.require(samples, requirements=["C", "W"])).permute(2, 0, 1)
+
+
+def _read_reduced_jpeg(
+    source: ImageSource, pixels: PixelFormat, reduction: Callable[[int, int], int]
+) -> Tensor | None:
+    """A JPEG by libjpeg's reduced DCT; None leaves it, and every error, to reading in full."""
+    with contextlib.suppress(OSError, SyntaxError, ValueError), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # about metadata, repeated for each file
+        with _open_file(source) as file:
+            return formats.decode_reduced_rgb(file, pixels, reduction)
+    return None
 
 
 def _read_plain_jpeg(source: ImageSource, pixels: PixelFormat) -> Tensor | None:

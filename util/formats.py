@@ -16,6 +16,8 @@ from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 from torchvision.io import ImageReadMode, decode_image
 
+from util.pixels import PixelFormat
+
 Image.MAX_IMAGE_PIXELS = None  # one limit for all formats instead, PixelFormat.max_pixels
 
 # Formats for which Pillow's samples are known to be those in the file, or handled below.
@@ -292,6 +294,26 @@ def pillow_samples(image: Image.Image, bits: int = 8) -> np.ndarray:
 def decode_rgb(content: bytes, mode: ImageReadMode = ImageReadMode.RGB) -> Tensor:
     """A JPEG or WebP as uint8 [3, H, W] by torchvision: faster than Pillow, equal to the bit."""
     return decode_image(torch.frombuffer(bytearray(content), dtype=torch.uint8), mode)
+
+
+def decode_reduced_rgb(
+    file: BinaryIO, pixels: PixelFormat, reduction: Callable[[int, int], int]
+) -> Tensor | None:
+    """A JPEG as uint8 [3, H, W], its sides divided as `decoding.read_image` says; None where they
+    stay as they are."""
+    image: Image.Image = Image.open(file, formats=("JPEG",))
+    width, height = image.size
+    orientation = _orientation(image) if pixels.exif_orientation else 1
+    if orientation > 1 and (width % 8 or height % 8):
+        return None  # a last row or column that is part of a pixel would become the first
+    if width * height > pixels.max_pixels:
+        return None
+    divisor = reduction(width, height) if orientation > 4 else reduction(height, width)
+    if divisor == 1:
+        return None
+    image.draft(image.mode, (width // divisor, height // divisor))
+    samples = turn(np.asarray(image.convert("RGB")), orientation)
+    return torch.from_numpy(np.require(samples, requirements=["C", "W"])).permute(2, 0, 1)
 
 
 def _read_deep_png(image: Image.Image, file: BinaryIO) -> np.ndarray:
