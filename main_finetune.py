@@ -119,15 +119,16 @@ def train_whole_model(args, process, amp_dtype):
     # ---- data
     start = checkpoint.load_checkpoint(args.finetune) if args.finetune else {}
     pixel_format = resolve_pixels(args, start, args.finetune, may_adapt=True)
+    paths = find_labelled_images(args, pixel_format)
     transform = data.finetune_transform(
         args.input_size,
         args.color_jitter,
         args.aa,
         args.crop_scale,
-        not args.no_flip,
-        pixel_format.is_8_bit_rgb,
+        flip=not args.no_flip,
+        is_8_bit_rgb=pixel_format.is_8_bit_rgb and paths[0].has_8_bits,
     )
-    loaders = make_loaders(args, process, transform, pixel_format)
+    loaders = make_loaders(args, process, paths, transform, pixel_format)
 
     # ---- model
     model = build_model(args)
@@ -191,11 +192,14 @@ def resolve_pixels(args, contents, path, may_adapt=False):
     return pixel_format
 
 
-def make_loaders(args, process, transform, pixel_format):
-    """The loaders of training and of held-out images, whose classes agree."""
-    train_paths, val_paths = image_files.find_labelled_images(
-        args.data_path, args.nb_classes, pixels=pixel_format
-    )
+def find_labelled_images(args, pixel_format):
+    """The training and the held-out images, whose classes agree."""
+    return image_files.find_labelled_images(args.data_path, args.nb_classes, pixels=pixel_format)
+
+
+def make_loaders(args, process, paths, transform, pixel_format):
+    """The loaders of training and of held-out images."""
+    train_paths, val_paths = paths
     options = batching(args, pixel_format)
     train_loader = loading.train_loader(
         train_paths, transform, process, accum_iter=args.accum_iter, **options

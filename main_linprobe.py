@@ -19,6 +19,7 @@ from torch import nn
 import models_vit
 from main_finetune import (
     evaluate_classifier,
+    find_labelled_images,
     find_val_images,
     make_loaders,
     resolve_pixels,
@@ -72,7 +73,8 @@ def train_head(args, process, amp_dtype):
     start = checkpoint.load_checkpoint(args.finetune)
     pixel_format = resolve_pixels(args, start, args.finetune, may_adapt=True)
     transform = data.probe_transform(args.input_size, args.crop_scale, not args.no_flip)
-    loaders = make_loaders(args, process, transform, pixel_format)
+    paths = find_labelled_images(args, pixel_format)
+    loaders = make_loaders(args, process, paths, transform, pixel_format)
 
     # ---- model
     model, head, encoder = build_model(args, start)

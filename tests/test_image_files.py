@@ -436,8 +436,8 @@ def test_an_odd_folder_of_types(tmp_path, said):
     assert torn.startswith(f"warning: will be skipped as unreadable: {tmp_path}/5.jpg: ")
     about = f"warning: {tmp_path}: "
     assert pages == (
-        f"{about}1 of 4 sampled have 5 pages, of which the first is read: python main_data.py pack "
-        "--pages each makes an image of each"
+        f"{about}1 of 4 sampled have 5 pages, of which the first is read: python "
+        "main_data.py pack makes an image of each (--pages each) or a band (--pages bands)"
     )
     assert alpha.startswith(f"{about}1 of 4 sampled have an alpha band, which is dropped: ")
     assert types.startswith(f"{about}files of different types, each on the scale of its own")

@@ -31,10 +31,13 @@ class ImagePaths:
         labels: int64 tensor [number of images], the index of each image's class.
         fingerprint: a checksum of the names.
         found: what else was there.
+        has_8_bits: whether its files have at most 8 bits a sample, so far as is known.
 
     Raises:
         UserError: the folder or list is missing, neither of both or without images.
     """
+
+    has_8_bits = True
 
     def __init__(self, root: str | Path, leave_out: Sequence[str] = ()) -> None:
         """Search a folder, but for the folders in it that `leave_out` names; or read a list."""
@@ -146,7 +149,7 @@ def find_images(
                     f"{place / 'train.txt'}, or keep them in {place / 'train'}"
                 )
     images = ImagePaths(place, leave_out)
-    survey(images, pixels, held_out=split != "train", as_stored=as_stored)
+    images.has_8_bits = survey(images, pixels, held_out=split != "train", as_stored=as_stored)
     return images
 
 
@@ -227,7 +230,7 @@ def _find_labelled(data_path: str | Path, split: str, pixels: PixelFormat) -> Im
     if "" in images.classes:
         stray = images[images.labels.tolist().index(0)]
         raise UserError(f"{stray} is in no class: {place} must hold a folder for each class")
-    survey(images, pixels, labelled=True, held_out=split != "train")
+    images.has_8_bits = survey(images, pixels, labelled=True, held_out=split != "train")
     return images
 
 

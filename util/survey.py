@@ -39,7 +39,7 @@ def survey(
     labelled: bool = False,
     held_out: bool = False,
     as_stored: bool = False,
-) -> None:
+) -> bool:
     """Say what was found, read a sample of the files, and warn of what looks wrong.
 
     All processes raise the same errors; only the main one prints.
@@ -50,6 +50,9 @@ def survey(
         labelled: whether they are a classifier's.
         held_out: whether they are not trained on. A classifier needs each of those.
         as_stored: whether they are only to be measured, and need no flags for a model.
+
+    Returns:
+        whether the sampled files have at most 8 bits.
 
     Raises:
         UserError: a file needs other flags; none is readable; one that is needed is not.
@@ -79,6 +82,7 @@ def survey(
         *_doubts_about_range(described, ranges, pixels),
     ):
         warn(f"{images.origin}: {doubt}")
+    return all(description.dtype == "uint8" for description in described)
 
 
 def _read_sample(
@@ -198,8 +202,8 @@ def _doubts_about_files(described: list[Description], pixels: PixelFormat) -> It
         numbers = sorted({d.pages for d in paged})
         pages = f"{numbers[0]} to {numbers[-1]}" if len(numbers) > 1 else f"{numbers[0]}"
         yield (
-            f"{of_sampled(paged)} have {pages} pages, of which the first is read: "
-            "python main_data.py pack --pages each makes an image of each"
+            f"{of_sampled(paged)} have {pages} pages, of which the first is read: python "
+            "main_data.py pack makes an image of each (--pages each) or a band (--pages bands)"
         )
     alpha = [d for d in described if d.alpha and pixels.bands is None and d.bands > 1]
     alpha = [d for d in alpha if d.bands != pixels.in_chans]
