@@ -1,26 +1,25 @@
 """Image files of any kind to tensors: what they declare, and their samples on a stated scale."""
 
+import contextlib
+import functools
+import importlib.util
 import io
 import os
+import re
+import stat
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import features
 from torch import Tensor
-from torchvision.io import ImageReadMode, decode_image
 
+from util import formats, tiff
+from util.formats import Description, StoredImage, UnreadableImage, UnsuitableImage
 from util.pixels import RGB, PixelFormat
-
-
-class UnreadableImage(Exception):
-    """A file that can't be read; the text is "NAME: reason"."""
-
-
-class UnsuitableImage(UnreadableImage):
-    """A whole file that needs other flags; the text says what it holds, and which flag."""
 
 
 class ImageSource(NamedTuple):
@@ -37,55 +36,231 @@ class ImageSource(NamedTuple):
     content: bytes | None = None
 
 
-def read_image(source: str | Path | ImageSource, pixels: PixelFormat = RGB) -> Tensor:
-    """Decode an image.
-
-    Returns:
-        [bands, H, W]: uint8 where the file has at most 8 bits a sample and neither a value range
-        nor a nodata value is given, else float32 on the scale from 0 to 1.
+def describe(source: str | Path | ImageSource, pixels: PixelFormat = RGB) -> Description:
+    """What a file's header declares; no pixels are decoded.
 
     Raises:
-        UnreadableImage: the file is missing, torn or no image.
-        UnsuitableImage: it needs other flags.
+        UnreadableImage: the file is missing, or its header is torn or that of no image.
     """
+    with _opened(source, pixels) as stored:
+        return stored.description._replace(pages=stored.pages(), orientation=stored.orientation())
+
+
+def read_image(source: str | Path | ImageSource, pixels: PixelFormat = RGB) -> Tensor:
+    """Decode an image; of several pages or frames, the first.
+
+    An unsigned type's range, or `pixels.value_range`, becomes 0 to 1; grey becomes three equal
+    bands for a model of three, which doesn't see an alpha band.
+
+    Returns:
+        [pixels.in_chans, H, W]: uint8 where the file has at most 8 bits a sample and neither a
+        value range nor a nodata value is given, else float32 on the scale from 0 to 1, with the
+        band's mean where there is no data.
+
+    Raises:
+        UnreadableImage: the file is missing, torn or no image, or claims too many pixels.
+        UnsuitableImage: it needs other flags or a package.
+    """
+    with _opened(source, pixels) as stored:
+        if stored.full is None and pixels.value_range is None:
+            raise UnsuitableImage(
+                f"holds {stored.description}, a type without a scale of its own: "
+                "add --value_range LO HI"
+            )
+        samples = _scaled(_chosen_samples(stored, pixels), stored.full, pixels)
+        return torch.from_numpy(np.require(samples, requirements=["C", "W"])).permute(2, 0, 1)
+
+
+def read_samples(source: str | Path | ImageSource, pixels: PixelFormat = RGB) -> np.ndarray:
+    """The bands that `read_image` takes, in the file's own units and type.
+
+    Returns:
+        [H, W, pixels.in_chans]: neither scaled nor clipped; where 0 is white, inverted.
+
+    Raises:
+        UnreadableImage, UnsuitableImage: as `read_image`, but a type without a scale is read.
+    """
+    with _opened(source, pixels) as stored:
+        samples = _chosen_samples(stored, pixels)
+        return np.require(samples, samples.dtype.newbyteorder("="), ["C", "W"])
+
+
+@contextlib.contextmanager
+def _opened(source: str | Path | ImageSource, pixels: PixelFormat) -> Iterator[StoredImage]:
+    """A file whose header is read. All errors until it is closed become `UnreadableImage`s that
+    begin with its name."""
     if not isinstance(source, ImageSource):
         source = ImageSource(str(source), str(source))
     try:
-        encoded = _content(source)
-        try:
-            return _decode_with_torchvision(encoded)
-        except (RuntimeError, ValueError):
-            return _decode_with_pillow(encoded)
+        with warnings.catch_warnings(), _open_file(source) as file:
+            warnings.simplefilter("ignore")  # about metadata, repeated for each file
+            yield _read_header(file, source, pixels)
+    except UnsuitableImage as error:
+        raise UnsuitableImage(f"{printable(source.name)} {error}") from error
     except Exception as error:  # decoders raise anything on broken files
-        raise UnreadableImage(f"{source.name}: {error}") from error
+        raise UnreadableImage(f"{printable(source.name)}: {_reason(error)}") from error
 
 
-def _content(source: ImageSource) -> bytearray:
+def _open_file(source: ImageSource) -> BinaryIO:
     if source.content is not None:
-        return bytearray(source.content)
+        return io.BytesIO(source.content)
     assert source.path is not None
-    if not os.path.isfile(source.path):
-        raise FileNotFoundError("no such file")
-    with open(source.path, "rb", buffering=0) as file:
-        return bytearray(file.readall())
+    mode = os.stat(source.path).st_mode
+    if not stat.S_ISREG(mode):
+        raise ValueError("is a folder" if stat.S_ISDIR(mode) else "is no regular file")
+    return open(source.path, "rb")
 
 
-def _decode_with_torchvision(encoded: bytearray) -> Tensor:
-    """JPEG and WebP, faster than Pillow and equal to the bit; a ValueError for other formats."""
-    # PNG would be no faster, and a damaged one ends the process in torchvision 0.29.
-    if encoded[:4] in (b"\x89PNG", b"GIF8"):
-        raise ValueError("left to Pillow")
-    return decode_image(torch.frombuffer(encoded, dtype=torch.uint8), mode=ImageReadMode.RGB)
+def _read_header(file: BinaryIO, source: ImageSource, pixels: PixelFormat) -> StoredImage:
+    head = file.read(32)
+    file.seek(0)
+    if not head:
+        raise ValueError("is empty")
+    stored = None
+    if head.startswith(b"\xff\xd8\xff"):
+        stored = formats.open_jpeg(file)
+    elif head.startswith(b"\x93NUMPY"):
+        path = source.path if source.content is None else None
+        stored = formats.open_npy(file, path, pixels.layout)
+    elif head.startswith(tiff.MAGIC):
+        stored = tiff.open_tiff(file)
+    elif head.startswith(formats.JPEG_2000):
+        stored = formats.open_jpeg_2000(file)
+    elif head[:1] == b"P":
+        stored = formats.open_pnm(file)
+    if stored is None:
+        file.seek(0)
+        hint = missing_support(os.path.splitext(source.name)[1])
+        stored = formats.open_with_pillow(file, head, hint)
+    return stored
 
 
-def _decode_with_pillow(encoded: bytearray) -> Tensor:
-    """Any format that Pillow reads."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # about metadata and large images, repeated for each file
-        image: Image.Image = Image.open(io.BytesIO(encoded))
-        if image.mode.startswith("I;16") or (image.mode == "I" and np.asarray(image).max() > 255):
-            # 16 bits a pixel, which convert("RGB") would clip at 255.
-            gray = np.clip(np.asarray(image).astype(np.int64) >> 8, 0, 255).astype(np.uint8)
-            image = Image.fromarray(gray)
-        pixels = np.array(image.convert("RGB"))
-    return torch.from_numpy(pixels).permute(2, 0, 1)
+def _chosen_samples(stored: StoredImage, pixels: PixelFormat) -> np.ndarray:
+    """[H, W, pixels.in_chans], in the file's units and maybe read-only; checked to be finite."""
+    _, height, width, *_ = stored.description
+    if height * width > pixels.max_pixels:
+        raise ValueError(
+            f"claims {width} x {height} = {width * height} pixels, more than --max_pixels "
+            f"{pixels.max_pixels}: raise it, or shrink the file"
+        )
+    bands = _chosen_bands(stored.description, pixels)
+    samples = stored.read()
+    if samples.shape != stored.description[1:4] or samples.dtype.name != stored.description.dtype:
+        raise ValueError(
+            f"declares {stored.description} of {width} x {height}, but decodes to "
+            f"{samples.dtype.name} of shape {samples.shape}"
+        )
+    if pixels.exif_orientation:
+        samples = formats.turn(samples, stored.orientation())
+    in_order = bands == list(range(len(bands)))
+    samples = samples[..., : len(bands)] if in_order else samples[..., bands]
+    if samples.dtype.kind == "f":
+        unusable = ~np.isfinite(samples)
+        if pixels.nodata is not None:
+            unusable &= ~_missing(samples, pixels.nodata)
+        if np.isnan(samples[unusable]).any():
+            raise ValueError("holds NaN: add --nodata nan if that stands for no data")
+        if unusable.any():
+            raise ValueError(
+                "holds infinite samples, which --nodata nan doesn't cover: replace them"
+            )
+    return samples
+
+
+def _chosen_bands(description: Description, pixels: PixelFormat) -> list[int]:
+    count = description.bands
+    if pixels.bands is not None:
+        outside = [band for band in pixels.bands if not 0 <= band < count]
+        if outside:
+            raise UnsuitableImage(
+                f"holds {description}, no band {outside[0]}: --bands takes 0 to {count - 1}"
+            )
+        return list(pixels.bands)
+    if count == pixels.in_chans:
+        return list(range(count))
+    colours = count - description.alpha
+    if pixels.in_chans == 3 and colours in (1, 3):
+        return [0, 0, 0] if colours == 1 else [0, 1, 2]
+    advice = f"add --in_chans {count}, or choose with --bands"
+    if description.format == "NPY" and pixels.layout == "hwc" and description.height < count:
+        advice += f", or add --layout chw if it is {description.height} bands"
+    raise UnsuitableImage(f"holds {description}: {advice}")
+
+
+def _scaled(samples: np.ndarray, full: int | None, pixels: PixelFormat) -> np.ndarray:
+    """Samples [H, W, bands] as `read_image` returns them."""
+    if pixels.value_range is not None:
+        low, high = pixels.value_range
+        scaled = np.subtract(samples, low, dtype=np.float64) / (high - low)
+    elif samples.dtype == np.uint8 and pixels.nodata is None:
+        return samples if full == 255 else _to_8_bits(full)[samples]
+    else:
+        scaled = samples.astype(np.float32) / np.float32(full)
+    scaled = scaled.clip(0, 1).astype(np.float32)
+    if pixels.nodata is not None:
+        missing = _missing(samples, pixels.nodata)
+        scaled = np.where(missing, np.array(pixels.mean, np.float32), scaled)
+    return scaled
+
+
+def _missing(samples: np.ndarray, nodata: float) -> np.ndarray:
+    """Where samples are `nodata`, which may be nan."""
+    return np.isnan(samples) if np.isnan(nodata) else samples == nodata
+
+
+@functools.cache
+def _to_8_bits(full: int) -> np.ndarray:
+    """What samples from 0 to `full` become, by Pillow's rule for PGM files."""
+    return np.array([min(255, round(value / full * 255)) for value in range(256)], np.uint8)
+
+
+def printable(name: str) -> str:
+    """A file's name in one line of valid text: newlines, other controls and bytes escaped."""
+    text = os.fsencode(name).decode(errors="backslashreplace")
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def _reason(error: Exception) -> str:
+    """An error in one short line without terminal codes and object addresses."""
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    text = re.sub(r"\x1b\[[\d;]*m|<?[\w.]+ object at 0x\w+>?", "", str(error))
+    text = printable(" ".join(text.split()))[:200]
+    if isinstance(error, (ValueError, OSError)) and text:
+        return text
+    return f"is damaged ({text or type(error).__name__})"
+
+
+@functools.cache
+def image_suffixes() -> tuple[str, ...]:
+    """The suffixes of files that can be read here, which depends on Pillow's libraries."""
+    suffixes = (
+        ".jpg .jpeg .jpe .jfif .mpo .png .apng .webp .gif .bmp .dib .tif .tiff "
+        ".ppm .pgm .pbm .pnm .pfm .tga .qoi .npy"
+    )
+    available = features.get_supported()
+    if "avif" in available:
+        suffixes += " .avif .avifs"
+    if "jpg_2000" in available:
+        suffixes += " .jp2 .j2k .j2c .jpc .jpf .jpx"
+    if importlib.util.find_spec("pillow_heif"):
+        suffixes += " .heic .heif .hif"
+    return tuple(suffixes.split())
+
+
+def missing_support(suffix: str) -> str | None:
+    """How files with a known suffix that can't be read here become readable, else None."""
+    suffix = suffix.lower()
+    if suffix in image_suffixes():
+        return None
+    if suffix in (".heic", ".heif", ".hif"):
+        return "pip install pillow-heif"
+    if suffix in (".avif", ".avifs"):
+        return "pip install --upgrade pillow (11.3 or later reads AVIF)"
+    if suffix in (".jp2", ".j2k", ".j2c", ".jpc", ".jpf", ".jpx"):
+        return "install a Pillow that is built with OpenJPEG"
+    others = (
+        ".dcm .nii .mha .mhd .nrrd .czi .nd2 .lif .lsm .svs .vsi .mat .npz .h5 .hdf5 .nc .zarr "
+        ".fits .fit .cr2 .cr3 .nef .dng .arw .raf .orf .rw2 .exr .hdr .jxl .jxr .psd .ecw .sid"
+    )
+    return "convert to .tif or .npy" if suffix in others.split() else None

@@ -1,0 +1,349 @@
+"""Image files of each format but TIFF: what their headers declare, and their samples as stored."""
+
+import functools
+import importlib.util
+import io
+import re
+import struct
+import zlib
+from collections.abc import Callable
+from typing import BinaryIO, NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image, UnidentifiedImageError
+from torchvision.io import ImageReadMode, decode_image
+
+Image.MAX_IMAGE_PIXELS = None  # one limit for all formats instead, PixelFormat.max_pixels
+
+# Formats for which Pillow's samples are known to be those in the file, or handled below.
+PILLOW_FORMATS = "JPEG MPO PNG WEBP GIF BMP DIB PPM TGA QOI AVIF HEIF".split()
+PNG, JPEG_2000 = b"\x89PNG\r\n\x1a\n", (b"\xff\x4f\xff\x51", b"\0\0\0\x0cjP  \r\n\x87\n")
+BLANKS = rb"(?:\s|#[^\n]*\n)+"
+PNM_HEADER = re.compile(rb"P([2356])" + 3 * (BLANKS + rb"(\d+)") + rb"\s")
+
+
+class UnreadableImage(Exception):
+    """A file that can't be read; the text is "NAME: reason"."""
+
+
+class UnsuitableImage(UnreadableImage):
+    """A whole file that needs other flags or a package; the text says what it holds, and which."""
+
+
+class Description(NamedTuple):
+    """What a file's header declares.
+
+    Attributes:
+        format: Pillow's name, or "NPY".
+        height, width: as stored, before any orientation.
+        bands: as stored, alpha included; those of palette and CMYK files are their RGB.
+        dtype: numpy's name of the samples' type.
+        bits: declared per sample.
+        pages: frames of an animation, pages of a TIFF without thumbnails and masks.
+        alpha: whether the last band is declared as alpha.
+        orientation: EXIF's, 1 to 8. Always 1 for HEIC, which libheif turns by its own boxes.
+        lost: what reading drops because no decoder keeps it, or "".
+    """
+
+    format: str
+    height: int
+    width: int
+    bands: int
+    dtype: str = "uint8"
+    bits: int = 8
+    pages: int = 1
+    alpha: bool = False
+    orientation: int = 1
+    lost: str = ""
+
+    def __str__(self) -> str:
+        kinds = {1: "grey", 3: "RGB"} if not self.alpha else {2: "grey with alpha", 4: "RGBA"}
+        if self.bands not in kinds:
+            return f"{self.bands} bands of {self.dtype}"
+        known_scale = self.dtype in ("uint8", "uint16")
+        return f"{f'{self.bits}-bit' if known_scale else self.dtype} {kinds[self.bands]}"
+
+
+class StoredImage(NamedTuple):
+    """A file whose header is read; its functions read on.
+
+    Attributes:
+        description: without pages and orientation.
+        full: the sample that is 1 on the scale from 0 to 1; None if its type doesn't say.
+        read: gives the samples [H, W, bands], maybe read-only, in the file's own units.
+        pages, orientation: give these parts of the description; after `read`, orientation also
+            knows what stands behind the pixels.
+    """
+
+    description: Description
+    full: int | None
+    read: Callable[[], np.ndarray]
+    pages: Callable[[], int] = lambda: 1
+    orientation: Callable[[], int] = lambda: 1
+
+
+def full_scale(dtype: str, bits: int) -> int | None:
+    """The largest sample of an unsigned type up to 16 bits; None for every other type."""
+    return 2**bits - 1 if dtype in ("uint8", "uint16") else None
+
+
+def turn(samples: np.ndarray, orientation: int) -> np.ndarray:
+    """An image [H, W, bands] turned and mirrored upright from an EXIF orientation."""
+    if orientation > 4:
+        samples = samples.swapaxes(0, 1)
+    if orientation in (3, 4, 7, 8):
+        samples = samples[::-1]
+    if orientation in (2, 3, 6, 7):
+        samples = samples[:, ::-1]
+    return samples
+
+
+def open_npy(file: BinaryIO, path: str | None, layout: str) -> StoredImage:
+    """A numpy array [H, W] or, as `layout` says, [H, W, bands] or [bands, H, W]; mapped, if it
+    is all of a file, so that only the chosen bands are read."""
+    if path is None:
+        array = np.load(file, allow_pickle=False)
+    else:
+        array = np.load(path, mmap_mode="r", allow_pickle=False)
+    if array.dtype.kind not in "biuf":
+        raise ValueError(f"holds {array.dtype}, not integers or floats")
+    if array.ndim not in (2, 3) or not array.size:
+        raise ValueError(f"has shape {array.shape}: save [H, W] or [H, W, bands]")
+    bits = 8 * array.dtype.itemsize
+    if array.dtype.kind == "b":
+        array, bits = array.view(np.uint8), 1
+    if array.ndim == 2:
+        array = array[..., None]
+    elif layout == "chw":
+        array = np.moveaxis(array, 0, 2)
+    height, width, bands = array.shape
+    description = Description("NPY", height, width, bands, array.dtype.name, bits)
+    return StoredImage(description, full_scale(array.dtype.name, bits), lambda: array)
+
+
+def open_jpeg(file: BinaryIO) -> StoredImage | None:
+    """A JPEG, or None if its frame isn't found. Its segments are read here, as opening it with
+    Pillow would take 5% of decoding a small photograph."""
+    file.seek(2)
+    while len(segment := file.read(4)) == 4 and segment[0] == 0xFF:
+        if 0xC0 <= segment[1] <= 0xCF and segment[1] not in (0xC4, 0xC8, 0xCC):  # a frame
+            break
+        file.seek(int.from_bytes(segment[2:], "big") - 2, io.SEEK_CUR)
+    else:
+        return None
+    bits, height, width, bands = struct.unpack(">BHHB", file.read(6))
+    if bits != 8:
+        raise ValueError(f"is a JPEG of {bits} bits a sample: convert it to .tif or .png")
+
+    def by_pillow() -> Image.Image:
+        return Image.open(file, formats=("JPEG", "MPO"))
+
+    return StoredImage(
+        Description("JPEG", height, width, 1 if bands == 1 else 3),
+        255,
+        lambda: _read_rgb(file, by_pillow)[..., : 1 if bands == 1 else 3],
+        lambda: getattr(by_pillow(), "n_frames", 1),
+        lambda: _orientation(by_pillow()),
+    )
+
+
+def open_pnm(file: BinaryIO) -> StoredImage | None:
+    """A PGM or PPM, whose header names the sample that is 1; None for its relatives."""
+    content = file.read()
+    header = PNM_HEADER.match(content)
+    if not header:
+        return None
+    kind, width, height, full = map(int, header.groups())
+    if not 0 < full < 2**16:
+        raise ValueError(f"declares {full} as its largest sample, not 1 to 65535")
+    dtype = np.dtype(np.uint8 if full < 256 else ">u2")
+    shape = (height, width, 1 if kind in (2, 5) else 3)
+
+    def read() -> np.ndarray:
+        body = content[header.end() :]
+        if kind < 4:  # plain text
+            samples = np.array(re.sub(rb"#[^\n]*", b"", body).split(), np.int64).astype(dtype)
+            return samples[: np.prod(shape)].reshape(shape)
+        return np.frombuffer(body, dtype, np.prod(shape)).reshape(shape)
+
+    return StoredImage(Description("PPM", *shape, dtype.name, full.bit_length()), full, read)
+
+
+def open_jpeg_2000(file: BinaryIO) -> StoredImage:
+    """By Pillow, which shifts samples to the top of 8 or 16 bits, or, where it would cut them to
+    8 bits or knows no such number of bands, by imagecodecs."""
+    content = file.read()
+    start = content.find(JPEG_2000[0])  # the codestream and its SIZ marker: ISO 15444-1, A.5.1
+    if start < 0:
+        raise ValueError("holds no JPEG 2000 codestream")
+    right, bottom, left, top = struct.unpack_from(">4I", content, start + 8)
+    (bands,) = struct.unpack_from(">H", content, start + 40)
+    depths = set(content[start + 42 : start + 42 + 3 * bands : 3])
+    if len(depths) != 1:
+        raise ValueError("has bands of different types: convert it to .tif or .npy")
+    (depth,) = depths
+    signed, bits = depth >= 128, depth % 128 + 1
+    dtype = f"{'int' if signed else 'uint'}{8 if bits <= 8 else 16 if bits <= 16 else 32}"
+    box = content.find(b"cdef", 0, start)  # I.5.3.6: entries of channel, kind, association
+    channels = struct.iter_unpack(">3H", content[box + 6 : box + 6 + 6 * bands]) if box > 0 else ()
+    alpha = bands in (2, 4) and any(kind in (1, 2) for _, kind, _ in channels)
+    by_pillow = bits <= 16 and (bands == 1 or (bands <= 4 and bits <= 8 and not signed))
+    if by_pillow:
+        # Of deep grey, the codestream: Pillow takes 9 bits in a container for 8.
+        container = content[start:] if bits > 8 else content
+        image = Image.open(io.BytesIO(container), formats=("JPEG2000",))
+        if image.mode in ("P", "PA", "CMYK"):
+            return _stored_by_pillow(image, file)
+    description = Description(
+        "JPEG2000", bottom - top, right - left, bands, dtype, bits, alpha=alpha
+    )
+
+    def read() -> np.ndarray:
+        if by_pillow:
+            samples = pillow_samples(image) >> (8 * (1 + (bits > 8)) - bits)
+            return (samples.astype(np.int32) - signed * 2 ** (bits - 1)).astype(dtype)
+        try:
+            import imagecodecs
+        except ImportError as error:
+            raise UnsuitableImage(
+                f"holds {description}, which needs imagecodecs: pip install imagecodecs"
+            ) from error
+        return imagecodecs.jpeg2k_decode(content).reshape(bottom - top, right - left, bands)
+
+    return StoredImage(description, full_scale(dtype, bits), read)
+
+
+def open_with_pillow(file: BinaryIO, head: bytes, hint: str | None) -> StoredImage:
+    """Any other format; `hint` says what to do if Pillow doesn't know it."""
+    try:
+        image = Image.open(file, formats=_formats(heif=head[4:8] == b"ftyp"))
+    except UnidentifiedImageError as error:
+        raise ValueError(hint or "is damaged, or no image of a known format") from error
+    return _stored_by_pillow(image, file, head)
+
+
+def _stored_by_pillow(image: Image.Image, file: BinaryIO, head: bytes = b"") -> StoredImage:
+    mode, bits, dtype, lost = image.mode, 8, "uint8", ""
+    bands = 1 if mode in ("1", "L", "I", "F") or mode.startswith("I;") else 3
+    bands = {"LA": 2, "La": 2, "RGBA": 4, "RGBa": 4}.get(mode, bands)
+    if image.format == "PNG" and head[24] == 16:  # bits, and in the next byte the type of colour
+        bands, bits, dtype = {0: 1, 2: 3, 4: 2, 6: 4}[head[25]], 16, "uint16"
+    elif image.format == "PNG" and mode == "L":
+        bits = head[24]
+    elif mode == "1":
+        bits = 1
+    elif mode == "F":
+        bits, dtype = 32, "float32"
+    elif image.format in ("AVIF", "HEIF"):
+        bits = _coded_bits(file)
+        lost = f"{bits} bits a sample, of which 8 are read" if bits > 8 else ""
+    alpha = bands in (2, 4)
+    description = Description(
+        str(image.format), image.height, image.width, bands, dtype, bits, alpha=alpha, lost=lost
+    )
+
+    def read() -> np.ndarray:
+        if image.format == "PNG" and bits == 16 and bands > 1:
+            return _read_deep_png(image, file)
+        if image.format in ("JPEG", "WEBP") and bands != 4:
+            return _read_rgb(file, lambda: image)[..., :bands]
+        return pillow_samples(image, bits)
+
+    return StoredImage(
+        description,
+        full_scale(dtype, 8 if lost else bits),
+        read,
+        lambda: getattr(image, "n_frames", 1),
+        lambda: _orientation(image),
+    )
+
+
+@functools.cache
+def _formats(heif: bool) -> tuple[str, ...]:
+    """Those of `PILLOW_FORMATS` that are installed."""
+    Image.init()
+    if heif and importlib.util.find_spec("pillow_heif"):
+        import pillow_heif
+
+        pillow_heif.register_heif_opener()
+    return tuple(name for name in PILLOW_FORMATS if name in Image.OPEN)
+
+
+def pillow_samples(image: Image.Image, bits: int = 8) -> np.ndarray:
+    """The samples [H, W, bands] of an image that Pillow has opened.
+
+    Palette, CMYK, YCbCr and LAB images become RGB; colours that were multiplied by alpha are
+    divided by it. `bits` under 8 are what the file has, and Pillow has scaled up to 255.
+    """
+    if image.mode == "1":
+        image = image.convert("L")
+    elif image.mode in ("La", "RGBa"):
+        image = image.convert(image.mode.upper())
+    elif image.mode not in ("L", "LA", "RGB", "RGBA", "F") and not image.mode.startswith("I"):
+        image = image.convert("RGB")
+    samples = np.asarray(image)
+    if image.mode == "I":  # 16-bit PNGs, before Pillow had a mode for them
+        samples = samples.astype(np.uint16)
+    if bits < 8:
+        samples = samples // (255 // (2**bits - 1))
+    return samples.reshape(*samples.shape[:2], -1)
+
+
+def _read_rgb(file: BinaryIO, by_pillow: Callable[[], Image.Image]) -> np.ndarray:
+    """A JPEG or WebP as uint8 [H, W, 3] by torchvision: faster than Pillow, equal to the bit."""
+    file.seek(0)
+    try:
+        return _decode(bytearray(file.read()), ImageReadMode.RGB)
+    except RuntimeError:  # an animation, or a damaged file
+        return pillow_samples(by_pillow())
+
+
+def _decode(encoded: bytearray, mode: ImageReadMode) -> np.ndarray:
+    return decode_image(torch.frombuffer(encoded, dtype=torch.uint8), mode).permute(1, 2, 0).numpy()
+
+
+def _read_deep_png(image: Image.Image, file: BinaryIO) -> np.ndarray:
+    """A 16-bit PNG in colour or with alpha, of which Pillow would keep 8 bits, by torchvision.
+
+    torchvision 0.29 ends the process at a damaged PNG. So Pillow checks the rows, and torchvision
+    gets them in a new file.
+    """
+    file.seek(0)
+    content = file.read()
+    image.load()
+    parts, position = [], len(PNG)
+    while position < len(content):
+        length = int.from_bytes(content[position : position + 4], "big")
+        if content[position + 4 : position + 8] == b"IDAT":
+            parts.append(content[position + 8 : position + 8 + length])
+        position += length + 12
+    rows = zlib.decompressobj().decompress(b"".join(parts))
+    clean = bytearray(content[:33])  # the signature and IHDR
+    for chunk in (b"IDAT" + zlib.compress(rows, 1), b"IEND"):
+        clean += struct.pack(">I", len(chunk) - 4) + chunk + struct.pack(">I", zlib.crc32(chunk))
+    return _decode(clean, ImageReadMode.UNCHANGED)
+
+
+def _coded_bits(file: BinaryIO) -> int:
+    """Bits a sample of an AVIF or HEIC file, by the boxes that configure its decoder."""
+    file.seek(0)
+    content = file.read()
+    av1 = [
+        8 + (byte >> 6 & 1) * (2 + 2 * (byte >> 5 & 1)) for byte in _bytes_of(content, b"av1C", 2)
+    ]
+    hevc = [8 + byte % 8 for byte in _bytes_of(content, b"hvcC", 17)]
+    return max([8, *av1, *hevc])
+
+
+def _bytes_of(content: bytes, box: bytes, offset: int) -> list[int]:
+    """The byte at an offset of each box with a name."""
+    return [found[1][0] for found in re.finditer(box + b".{%d}(.)" % offset, content, re.DOTALL)]
+
+
+def _orientation(image: Image.Image) -> int:
+    # Without EXIF before its pixels, a PNG would be decoded to look for some behind them.
+    if image.format == "PNG" and "exif" not in image.info:
+        return 1
+    orientation = image.getexif().get(0x0112, 1)
+    return orientation if orientation in range(1, 9) else 1

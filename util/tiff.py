@@ -1,0 +1,163 @@
+"""TIFF files: their tags are read first and decide which decoder is asked.
+
+Pillow shows noise for some kinds of TIFF and cuts others to 8 bits. It gets those whose samples it
+is known to return; tifffile, an optional package, gets the rest.
+"""
+
+import logging
+import re
+from collections.abc import Iterator
+from typing import Any, BinaryIO
+
+import numpy as np
+from PIL import Image
+from PIL.TiffImagePlugin import COMPRESSION_INFO, ImageFileDirectory_v2
+
+from util.formats import (
+    Description,
+    StoredImage,
+    UnsuitableImage,
+    full_scale,
+    pillow_samples,
+    turn,
+)
+
+MAGIC = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
+WHITE_IS_ZERO, BLACK_IS_ZERO, RGB, PALETTE, CMYK, YCBCR, LAB = 0, 1, 2, 3, 5, 6, 8
+NAMES = {PALETTE: "palette", CMYK: "CMYK", YCBCR: "YCbCr", LAB: "LAB", 32803: "raw camera"}
+# (photometric interpretation, bits, bands without alpha) that Pillow reads rightly.
+FOR_PILLOW = {
+    *((kind, bits, 1) for kind in (WHITE_IS_ZERO, BLACK_IS_ZERO, PALETTE) for bits in (1, 2, 4, 8)),
+    *((kind, 8, 3) for kind in (RGB, YCBCR, LAB)),
+    *((BLACK_IS_ZERO, bits, 1) for bits in (12, 16)),
+    (CMYK, 8, 4),
+}
+
+
+def open_tiff(file: BinaryIO) -> StoredImage:
+    """The first page that is neither a thumbnail nor a mask. Where 0 is white, samples are
+    inverted; colours that were multiplied by alpha are divided by it."""
+    header = file.read(4)
+    pages = enumerate(_pages(file))
+    index, tags = next((page for page in pages if _is_image(page[1])), (0, None))
+    if tags is None:
+        raise ValueError("holds no page, or only thumbnails and masks")
+    width, height = tags.get(256, 0), tags.get(257, 0)
+    compression, photometric = tags.get(259, 1), tags.get(262, WHITE_IS_ZERO)
+    bands = tags.get(277, 3 if compression == 7 and photometric in (RGB, YCBCR) else 1)
+    bits, kind = _common(tags, 258, 1), _common(tags, 339, 1)
+    extra = _values(tags, 338)
+    alpha = bool(extra) and extra[-1] in (1, 2)
+    orientation = tags.get(274, 1) if tags.get(274, 1) in range(1, 9) else 1
+    if not width or not height:
+        raise ValueError("declares no width and height")
+    if kind not in (1, 2, 3, 4) or not 0 < bits <= 64:
+        raise ValueError("holds samples that are neither integers nor floats: convert it")
+    size = next(size for size in (8, 16, 32, 64) if size >= bits)
+    dtype = f"{'int' if kind == 2 else 'float' if kind == 3 else 'uint'}{size}"
+
+    by_pillow = (
+        (photometric, bits, bands - alpha) in FOR_PILLOW
+        and dtype.startswith("uint")
+        and compression in COMPRESSION_INFO
+        and (tags.get(284, 1) == 1 or bands == 1)
+        and not (alpha and (bits != 8 or len(extra) > 1 or photometric not in (BLACK_IS_ZERO, RGB)))
+        and not (bits > 8 and (compression == 7 or tags.get(266, 1) == 2))
+        and not (header.startswith(b"MM") and (bits == 12 or b"+" in header))
+    )
+    if photometric == YCBCR and compression == 1 and _values(tags, 530) != (1, 1):
+        raise ValueError("holds subsampled YCbCr without compression: convert it to RGB")
+    if photometric not in (WHITE_IS_ZERO, BLACK_IS_ZERO, RGB):
+        if not by_pillow:
+            name = NAMES.get(photometric, f"photometric {photometric}")
+            raise ValueError(f"holds {bits}-bit {name} of {bands} bands: convert it to RGB")
+        bands, bits, alpha = 3, 8, False
+    if photometric == WHITE_IS_ZERO and not dtype.startswith("uint"):
+        raise ValueError(f"holds {dtype} of which 0 is white: convert it to 0 is black")
+    description = Description("TIFF", height, width, bands, dtype, bits, alpha=alpha)
+
+    def read() -> np.ndarray:
+        if by_pillow:
+            image = Image.open(file, formats=("TIFF",))
+            image.seek(index)
+            # Pillow has turned it as the tag says: turned back.
+            return turn(pillow_samples(image, bits), {6: 8, 8: 6}.get(orientation, orientation))
+        samples = _read_with_tifffile(file, index, description)
+        colours = samples[..., : bands - alpha]
+        full = 2**bits - 1
+        if photometric == WHITE_IS_ZERO:
+            colours[:] = full - colours
+        if alpha and extra[-1] == 1 and dtype.startswith("uint"):
+            opacity = np.maximum(samples[..., -1:], 1) / full
+            colours[:] = np.minimum(np.rint(colours / opacity), full)
+        return samples
+
+    return StoredImage(
+        description,
+        full_scale(dtype, bits),
+        read,
+        lambda: max(sum(map(_is_image, _pages(file))), _images_of_imagej(tags)),
+        lambda: orientation,
+    )
+
+
+def _read_with_tifffile(file: BinaryIO, index: int, description: Description) -> np.ndarray:
+    file.seek(0)
+    try:
+        import tifffile
+
+        logging.getLogger("tifffile").setLevel(logging.CRITICAL)  # errors are raised as well
+        samples = tifffile.TiffFile(file).pages[index].asarray(maxworkers=1)
+    except Exception as error:
+        if isinstance(error, ImportError) or "imagecodecs" in str(error):
+            raise UnsuitableImage(
+                f"holds {description}, which needs tifffile: pip install tifffile imagecodecs"
+            ) from error
+        raise
+    if samples.dtype == bool:
+        samples = samples.view(np.uint8)
+    if samples.ndim == 2:
+        samples = samples[..., None]
+    height, width, bands = description.height, description.width, description.bands
+    if samples.shape == (bands, height, width) and samples.shape != (height, width, bands):
+        samples = np.moveaxis(samples, 0, 2)
+    return samples
+
+
+def _pages(file: BinaryIO) -> Iterator[ImageFileDirectory_v2]:
+    """The tags of each page; the next one's replace them in the same object."""
+    file.seek(0)
+    header = file.read(16)
+    if b"+" in header[2:4]:  # BigTIFF, of which Pillow only knows the little-endian header
+        tags = ImageFileDirectory_v2(b"II+\0" + header[4:], header[:2])
+    else:
+        tags = ImageFileDirectory_v2(header[:8])
+    seen = {0}
+    while tags.next not in seen:
+        seen.add(tags.next)
+        file.seek(tags.next)
+        tags.load(file)
+        yield tags
+
+
+def _is_image(tags: ImageFileDirectory_v2) -> bool:
+    return not tags.get(254, 0) & (1 | 4)  # NewSubfileType: a reduced image, a mask
+
+
+def _values(tags: ImageFileDirectory_v2, tag: int) -> tuple[Any, ...]:
+    values = tags.get(tag, ())
+    return values if isinstance(values, tuple) else (values,)
+
+
+def _common(tags: ImageFileDirectory_v2, tag: int, default: int) -> int:
+    """The value that all bands have of a tag."""
+    values = set(_values(tags, tag)) or {default}
+    if len(values) > 1:
+        raise ValueError("has bands of different types: convert it to one type")
+    return values.pop()
+
+
+def _images_of_imagej(tags: ImageFileDirectory_v2) -> int:
+    """ImageJ writes a large stack as one page, and in its description how many there are."""
+    found = re.match(r"ImageJ=.*?\bimages=(\d+)", str(tags.get(270, "")), re.DOTALL)
+    return int(found[1]) if found else 1
