@@ -32,6 +32,7 @@ from util import (
     logs,
     memory,
     optim,
+    pixels,
     precision,
     pretrained,
     speed,
@@ -56,6 +57,7 @@ def get_args_parser():
         "--drop_path", type=cli.number(0, 1, below=True), default=0.1, help="rate of drop path"
     )
     flags.add_data_flags(parser)
+    flags.add_pixel_flags(parser)
     optimization = flags.add_optimization_flags(parser)
     optimization.add_argument(
         "--layer_decay",
@@ -75,6 +77,7 @@ def get_args_parser():
         min_lr=1e-6,
         warmup_epochs=5,
         weight_decay=0.05,
+        crop_scale=(0.08, 1.0),
     )
     return parser
 
@@ -114,15 +117,24 @@ def train_whole_model(args, process, amp_dtype):
         data.check_cutmix_sides(args.input_size, args.cutmix_minmax)
 
     # ---- data
-    transform = data.finetune_transform(args.input_size, args.color_jitter, args.aa)
-    loaders = make_loaders(args, process, transform)
+    start = checkpoint.load_checkpoint(args.finetune) if args.finetune else {}
+    pixel_format = resolve_pixels(args, start, args.finetune, may_adapt=True)
+    transform = data.finetune_transform(
+        args.input_size,
+        args.color_jitter,
+        args.aa,
+        args.crop_scale,
+        not args.no_flip,
+        pixel_format.is_8_bit_rgb,
+    )
+    loaders = make_loaders(args, process, transform, pixel_format)
 
     # ---- model
     model = build_model(args)
     encoder = None
     if args.finetune:
         nn.init.trunc_normal_(model.head.weight, std=2e-5)
-        encoder = pretrained.start_from(model, args.finetune)
+        encoder = pretrained.start_from(model, args.finetune, start)
     model.to(process.device)
     speed.prepare(model, process.device, amp_dtype, args.compile, args.grad_checkpointing)
 
@@ -172,13 +184,21 @@ def train_whole_model(args, process, amp_dtype):
     )
 
 
-def make_loaders(args, process, transform):
+def resolve_pixels(args, contents, path, may_adapt=False):
+    """The pixel format of a checkpoint's contents and the flags, which then hold it in full."""
+    pixel_format = pixels.resolve(vars(args), contents.get("args"), path, may_adapt=may_adapt)
+    vars(args).update(pixel_format.stored())
+    return pixel_format
+
+
+def make_loaders(args, process, transform, pixel_format):
     """The loaders of training and of held-out images, whose classes agree."""
     train_paths, val_paths = image_files.find_labelled_images(args.data_path, args.nb_classes)
+    options = batching(args, pixel_format)
     train_loader = loading.train_loader(
-        train_paths, transform, process, accum_iter=args.accum_iter, **batching(args)
+        train_paths, transform, process, accum_iter=args.accum_iter, **options
     )
-    return train_loader, loading.eval_loader(val_paths, args.input_size, process, **batching(args))
+    return train_loader, loading.eval_loader(val_paths, args.input_size, process, **options)
 
 
 def train_classifier(
@@ -230,6 +250,7 @@ def train_classifier(
             "dtype": dtype,
             "encoder": encoder,
         },
+        defaults=flags.fixed_by_default(parser) | pixels.RGB.stored(),
         contents={"command": command, "args": vars(args), "classes": train_paths.classes},
         epochs=args.epochs,
         save_every=args.save_every,
@@ -289,12 +310,13 @@ def evaluate_checkpoint(args, process, amp_dtype):
     if not path:
         raise UserError("--eval needs a classifier's checkpoint: give it by --resume")
     contents = checkpoint.load_checkpoint(path)
+    pixel_format = resolve_pixels(args, contents, path)
     val_paths = find_val_images(args, contents, path)
     model = build_model(args)
     pretrained.load_classifier(
         model, contents["model"], path, pretrained.saved_input_size(contents)
     )
-    evaluate_classifier(args, process, amp_dtype, model, val_paths, path)
+    evaluate_classifier(args, process, amp_dtype, model, val_paths, pixel_format, path)
 
 
 def find_val_images(args, contents, path):
@@ -315,9 +337,10 @@ def find_val_images(args, contents, path):
     return val_paths
 
 
-def evaluate_classifier(args, process, amp_dtype, model, val_paths, path):
+def evaluate_classifier(args, process, amp_dtype, model, val_paths, pixel_format, path):
     """Evaluate a classifier, the checkpoint at `path`; print and write its accuracy."""
-    val_loader = loading.eval_loader(val_paths, args.input_size, process, **batching(args))
+    options = batching(args, pixel_format)
+    val_loader = loading.eval_loader(val_paths, args.input_size, process, **options)
     speed.prepare(model, process.device, amp_dtype)
     figures = evaluate(model.to(process.device), val_loader, amp_dtype=amp_dtype)
     logs.report_evaluation(
@@ -325,13 +348,14 @@ def evaluate_classifier(args, process, amp_dtype, model, val_paths, path):
     )
 
 
-def batching(args):
+def batching(args, pixel_format):
     """The keywords that loaders share."""
     return {
         "batch_size": args.batch_size,
         "seed": args.seed,
         "num_workers": args.num_workers,
         "pin_mem": args.pin_mem,
+        "pixels": pixel_format,
     }
 
 
@@ -340,6 +364,7 @@ def build_model(args):
     return models_vit.build_model(
         args.model,
         img_size=args.input_size,
+        in_chans=args.in_chans,
         num_classes=args.nb_classes,
         drop_path_rate=args.drop_path,
         global_pool=args.global_pool,

@@ -21,6 +21,7 @@ from main_finetune import (
     evaluate_classifier,
     find_val_images,
     make_loaders,
+    resolve_pixels,
     train_classifier,
     train_or_evaluate,
 )
@@ -37,6 +38,7 @@ def get_args_parser():
         "--finetune", type=cli.path, metavar="CKPT", required=True, help="the encoder to probe"
     )
     flags.add_data_flags(parser)
+    flags.add_pixel_flags(parser)
     flags.add_optimization_flags(parser)
     flags.add_runtime_flags(parser)
     flags.add_eval_flags(parser)
@@ -49,6 +51,7 @@ def get_args_parser():
         min_lr=0.0,
         warmup_epochs=10,
         weight_decay=0.0,
+        crop_scale=(0.08, 1.0),
     )
     return parser
 
@@ -65,10 +68,14 @@ def probe(args, process, amp_dtype):
 def train_head(args, process, amp_dtype):
     if args.batch_size < 2:
         raise UserError("batch_size 1 has no statistics for BatchNorm: take at least 2")
-    loaders = make_loaders(args, process, data.probe_transform(args.input_size))
+    # ---- data
+    start = checkpoint.load_checkpoint(args.finetune)
+    pixel_format = resolve_pixels(args, start, args.finetune, may_adapt=True)
+    transform = data.probe_transform(args.input_size, args.crop_scale, not args.no_flip)
+    loaders = make_loaders(args, process, transform, pixel_format)
 
     # ---- model
-    model, head, encoder = build_model(args)
+    model, head, encoder = build_model(args, start)
     model.to(process.device)
     speed.prepare(model, process.device, amp_dtype, args.compile)
 
@@ -97,24 +104,29 @@ def evaluate_checkpoint(args, process, amp_dtype):
     contents = checkpoint.load_checkpoint(args.resume)
     if contents.get("command") != "main_linprobe.py":
         raise UserError(f"{args.resume} is not a checkpoint of main_linprobe.py")
+    pixel_format = resolve_pixels(args, contents, args.resume)
     val_paths = find_val_images(args, contents, args.resume)
-    model, head, encoder = build_model(args)
+    model, head, encoder = build_model(args, checkpoint.load_checkpoint(args.finetune))
     if encoder != contents["training"]["encoder"]:
         raise UserError(f"{args.resume} is a probe of a different encoder than {args.finetune}")
     head.load_state_dict(contents["model"])
-    evaluate_classifier(args, process, amp_dtype, model, val_paths, args.resume)
+    evaluate_classifier(args, process, amp_dtype, model, val_paths, pixel_format, args.resume)
 
 
-def build_model(args):
-    """The classifier, its head under the classifier's keys, and the encoder's fingerprint."""
+def build_model(args, start):
+    """The classifier, its head under the classifier's keys, and the encoder's fingerprint.
+
+    `start` is the contents of --finetune.
+    """
     torch.manual_seed(derive_seed(args.seed, "init"))
     model = models_vit.build_model(
         args.model,
         img_size=args.input_size,
+        in_chans=args.in_chans,
         num_classes=args.nb_classes,
         global_pool=args.global_pool,
     )
-    encoder = pretrained.start_from(model, args.finetune)
+    encoder = pretrained.start_from(model, args.finetune, start)
     models_vit.add_probe_head(model)
     return model, nn.ModuleDict({"head": model.head}), encoder
 

@@ -27,6 +27,7 @@ from util import (
     logs,
     memory,
     optim,
+    pixels,
     precision,
     speed,
     stopping,
@@ -51,6 +52,7 @@ def get_args_parser():
         help="predict pixels normalised by the mean and variance of their patch",
     )
     flags.add_data_flags(parser)
+    flags.add_pixel_flags(parser)
     flags.add_optimization_flags(parser)
     flags.add_runtime_flags(parser, grad_checkpointing=True)
     parser.set_defaults(
@@ -61,6 +63,7 @@ def get_args_parser():
         min_lr=0.0,
         warmup_epochs=40,
         weight_decay=0.05,
+        crop_scale=(0.2, 1.0),
     )
     return parser
 
@@ -89,6 +92,8 @@ def pretrain(args, process, amp_dtype):
     )
 
     # ---- data
+    pixel_format = pixels.resolve(vars(args))
+    vars(args).update(pixel_format.stored())
     train_paths = image_files.find_images(args.data_path, "train")
     val_paths = image_files.find_images(args.data_path, "val")
     batching = dict(
@@ -96,8 +101,9 @@ def pretrain(args, process, amp_dtype):
         seed=args.seed,
         num_workers=args.num_workers,
         pin_mem=args.pin_mem,
+        pixels=pixel_format,
     )
-    transform = data.pretrain_transform(args.input_size)
+    transform = data.pretrain_transform(args.input_size, args.crop_scale, not args.no_flip)
     train_loader = loading.train_loader(
         train_paths, transform, process, accum_iter=args.accum_iter, **batching
     )
@@ -106,7 +112,10 @@ def pretrain(args, process, amp_dtype):
     # ---- model
     torch.manual_seed(derive_seed(args.seed, "init"))
     model = models_mae.build_model(
-        args.model, img_size=args.input_size, norm_pix_loss=args.norm_pix_loss
+        args.model,
+        img_size=args.input_size,
+        in_chans=args.in_chans,
+        norm_pix_loss=args.norm_pix_loss,
     )
     model.check_mask_ratio(args.mask_ratio)
     model.to(process.device)
@@ -132,6 +141,7 @@ def pretrain(args, process, amp_dtype):
             "image_names": train_paths.fingerprint,
             "dtype": dtype,
         },
+        defaults=flags.fixed_by_default(get_args_parser()) | pixels.RGB.stored(),
         contents={"command": "main_pretrain.py", "args": vars(args)},
         epochs=args.epochs,
         save_every=args.save_every,
@@ -185,7 +195,12 @@ def pretrain(args, process, amp_dtype):
             if checkpoints.keeps(state.epoch) and process.is_main:
                 imgs = pictured_images(val_loader.dataset).to(process.device)
                 columns = visualize.reconstruct(
-                    model, imgs, args.mask_ratio, seed=args.seed, amp_dtype=amp_dtype
+                    model,
+                    imgs,
+                    args.mask_ratio,
+                    seed=args.seed,
+                    pixels=pixel_format,
+                    amp_dtype=amp_dtype,
                 )
                 log.picture(state.epoch + 1, "reconstruction", visualize.draw_grid(columns))
             checkpoints.stop_if_asked(state)
@@ -198,7 +213,8 @@ def pictured_images(dataset):
     """Up to `PICTURED_IMAGES` images, evenly spread over the dataset, normalised."""
     spread = np.linspace(0, len(dataset) - 1, PICTURED_IMAGES).round().astype(int)
     indices = np.unique(spread).tolist()
-    return data.normalize(torch.stack([dataset[0, index][0] for index in indices]))
+    images = data.stack([dataset[0, index][0] for index in indices])
+    return data.normalize(images, dataset.pixels.mean, dataset.pixels.std)
 
 
 if __name__ == "__main__":

@@ -13,11 +13,10 @@ import util.threads  # noqa: F401  before torch, whose threads it sets
 
 # isort: split
 import numpy as np
-import torch
 from PIL import Image
 
 import models_mae
-from util import cli, data, decoding, distributed, flags, image_files, visualize
+from util import cli, data, decoding, distributed, flags, image_files, pixels, visualize
 from util.checkpoint import load_checkpoint
 from util.errors import UserError
 
@@ -45,9 +44,18 @@ def get_args_parser():
         "--mask_ratio", type=cli.number(), help="if not given, the one of the pre-training"
     )
     parser.add_argument(
+        "--picture_bands",
+        type=cli.integer(0),
+        nargs="+",
+        metavar="I",
+        help="one of the model's bands to show as grey, or three as red, green and blue; if not "
+        "given, the first three, or the first where there are fewer",
+    )
+    parser.add_argument(
         "--seed", type=cli.integer(0), default=0, help="random seed of the masks and the choice"
     )
     flags.add_device_flag(parser)
+    flags.add_pixel_flags(parser)
     unsaid = parser.add_argument_group(
         "For checkpoints that hold only weights", "this project's checkpoints store all of this"
     )
@@ -84,8 +92,15 @@ def main(args):
             raise UserError(f"{args.checkpoint} does not say its {name}: add --{name}")
         if given not in (None, config[name]):
             raise UserError(f"{args.checkpoint} says {name} {config[name]}: leave out --{name}")
+    pixel_format = pixels.resolve(vars(args), saved, args.checkpoint)
+    bands = args.picture_bands
+    if bands and (len(bands) not in (1, 3) or max(bands) >= pixel_format.in_chans):
+        raise UserError(f"--picture_bands: give one or three of the {pixel_format.in_chans} bands")
     model = models_mae.build_model(
-        config["model"], img_size=config["input_size"], norm_pix_loss=config["norm_pix_loss"]
+        config["model"],
+        img_size=config["input_size"],
+        in_chans=pixel_format.in_chans,
+        norm_pix_loss=config["norm_pix_loss"],
     )
     mask_ratio = args.mask_ratio
     if mask_ratio is None:
@@ -105,19 +120,20 @@ def main(args):
             args.data_path, "train"
         )
         chosen = np.random.default_rng(args.seed).permutation(len(found))[: args.num_images]
-        paths = [found[index] for index in chosen.tolist()]
+        paths = [found.source(index) for index in chosen.tolist()]
     transform = data.picture_transform(config["input_size"])
     try:
-        imgs = torch.stack([transform(decoding.read_image(path)) for path in paths])
+        images = [transform(decoding.read_image(path, pixel_format)) for path in paths]
     except decoding.UnreadableImage as error:
         raise UserError(f"unreadable image {error}") from error
 
     # ---- picture
+    imgs = data.normalize(data.stack(images).to(device), pixel_format.mean, pixel_format.std)
     columns = visualize.reconstruct(
-        model, data.normalize(imgs.to(device)), mask_ratio=mask_ratio, seed=args.seed
+        model, imgs, mask_ratio=mask_ratio, seed=args.seed, pixels=pixel_format
     )
     try:
-        visualize.draw_grid(columns).save(output)
+        visualize.draw_grid(columns, bands=bands).save(output)
     except OSError as error:
         raise UserError(f"--output {output} can't be written: {error}") from error
     print(f"{output}: {len(paths)} images, {mask_ratio:.0%} of their patches masked")

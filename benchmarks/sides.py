@@ -127,6 +127,7 @@ def ours(setting):
         Process(0, 1, setting.device),
         signals=StopSignals(),
         settings={},
+        defaults={},
         contents={},
         epochs=1,
         save_every=1,

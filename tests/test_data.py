@@ -722,3 +722,17 @@ def test_workers_end_when_the_main_process_terminates_them(working_loader):
     for worker in workers:
         worker.terminate()
     wait_for_the_end_of(workers)
+
+
+def test_too_little_shared_memory_is_said_before_workers_fill_it(album, monkeypatch, user_error):
+    """Docker gives 64 MB: a worker would die of it, or leave the run waiting."""
+    four = 2 * 2 * 4 * (3 * 16 * 16)  # two workers prefetch two batches of four images each
+    free = {"free": four}
+    usage = lambda _: type("Usage", (), free)  # noqa: E731
+    monkeypatch.setattr(loading.shutil, "disk_usage", usage)
+    assert len(list(image_loader(album, num_workers=2).train_batches(0))) == 3
+    free["free"] -= 1
+    message = user_error(lambda: next(image_loader(album, num_workers=2).train_batches(0)))
+    assert message.startswith("/dev/shm has 0 MiB free, and 2 workers for each of 1 processes")
+    assert "--shm-size=1g" in message
+    assert len(list(image_loader(album, num_workers=0).train_batches(0))) == 3

@@ -34,6 +34,7 @@ def small_training(output_dir):
         ALONE,
         signals=StopSignals(),
         settings={},
+        defaults={},
         contents={},
         epochs=2,
         save_every=1,
@@ -191,7 +192,7 @@ def test_what_is_computed_defines_a_training_and_not_the_flag_for_it(
 
 FREE = (
     "data_path num_workers pin_mem output_dir log_dir device resume compile amp save_every "
-    "save_minutes log_every timeout_minutes"
+    "save_minutes log_every timeout_minutes max_pixels"
 ).split()
 FREE_FLAGS = {
     main_pretrain: {*FREE, "grad_checkpointing"},

@@ -1,4 +1,4 @@
-"""Transforms of images: crops and augmentations as uint8, and normalisation on the device."""
+"""Transforms of images: crops and augmentations, and normalisation on the device."""
 
 import functools
 import math
@@ -14,23 +14,32 @@ from timm.layers import to_2tuple
 from torch import Tensor, nn
 from torchvision.transforms import InterpolationMode, v2
 
+from util.decoding import UnsuitableImage
 from util.errors import UserError
 
 BICUBIC = InterpolationMode.BICUBIC
-# All transforms map uint8 [3, H, W] to uint8 [3, height, width].
-# An image size is in pixels, an int or (height, width).
+# All transforms map [C, H, W] to [C, height, width], uint8 or floats in [0, 1], as they come.
+# An image size is in pixels, an int or (height, width). Crops are shares of the image's area.
 Size = int | tuple[int, int]
+Scale = tuple[float, float]
 
 
-def pretrain_transform(input_size: Size) -> nn.Module:
-    """Random resized crop (area 0.2 to 1, bicubic) and horizontal flip (paper, appendix A.1)."""
-    crop = FastResizedCrop(to_2tuple(input_size), scale=(0.2, 1.0))
-    return v2.Compose([crop, v2.RandomHorizontalFlip()])
+def pretrain_transform(
+    input_size: Size, crop_scale: Scale = (0.2, 1.0), flip: bool = True
+) -> nn.Module:
+    """Random resized crop (bicubic) and horizontal flip (paper, appendix A.1)."""
+    return _crop_and_flip(FastResizedCrop(to_2tuple(input_size), scale=crop_scale), flip)
 
 
-def probe_transform(input_size: Size) -> nn.Module:
+def probe_transform(
+    input_size: Size, crop_scale: Scale = (0.08, 1.0), flip: bool = True
+) -> nn.Module:
     """The linear probe's random crop, resized (bicubic), and horizontal flip."""
-    return v2.Compose([CropDrawnOnce(to_2tuple(input_size)), v2.RandomHorizontalFlip()])
+    return _crop_and_flip(CropDrawnOnce(to_2tuple(input_size), crop_scale), flip)
+
+
+def _crop_and_flip(crop: nn.Module, flip: bool) -> nn.Module:
+    return v2.Compose([crop, v2.RandomHorizontalFlip()]) if flip else crop
 
 
 def eval_transform(input_size: Size) -> nn.Module:
@@ -47,27 +56,39 @@ def picture_transform(input_size: Size) -> nn.Module:
 
 
 def finetune_transform(
-    input_size: Size, color_jitter: float | None = None, aa: str | None = "rand-m9-mstd0.5-inc1"
+    input_size: Size,
+    color_jitter: float | None = None,
+    aa: str | None = "rand-m9-mstd0.5-inc1",
+    crop_scale: Scale = (0.08, 1.0),
+    flip: bool = True,
+    is_8_bit_rgb: bool = True,
 ) -> nn.Module:
     """timm's augmentation: random resized crop, flip, and a policy or colour jitter.
 
-    Random erasing, which fills in normalised pixels, is done on batches.
+    Random erasing, which fills in normalised pixels, is done on batches. Images other than 8-bit
+    RGB ones are cropped and flipped as in pre-training.
 
     Args:
         input_size: size of the crop.
         color_jitter: strength of the colour jitter, which a policy replaces.
         aa: timm's name of an augmentation policy; "none" or "" for none.
+        is_8_bit_rgb: whether the images are.
 
     Raises:
-        UserError: timm knows no such policy.
+        UserError: timm knows no such policy, or it is for other images.
     """
     aa = None if aa in ("", "none", "None") else aa
+    if (aa or color_jitter) and not is_8_bit_rgb:
+        flag = f"--aa {aa}" if aa else f"--color_jitter {color_jitter}"
+        raise UserError(f"{flag} is for 8-bit RGB images, which these are not: add --aa none")
     if aa and int(PIL.__version__.split(".")[0]) >= 13:
         _let_posterize_reach_0_bits()
     try:
         augmentation = create_transform(
             (3, *to_2tuple(input_size)),
             is_training=True,
+            scale=crop_scale,
+            hflip=0.5 if flip else 0.0,
             color_jitter=color_jitter,
             auto_augment=aa,
             interpolation="bicubic",
@@ -78,7 +99,11 @@ def finetune_transform(
         raise UserError(
             f"timm can't use --aa {aa} ({error}): take a policy such as rand-m9-mstd0.5-inc1"
         ) from error
-    return v2.Compose([v2.ToPILImage(), augmentation])
+    as_8_bit_rgb = v2.Compose([v2.ToPILImage(), augmentation])
+    return AsTheImageIs(
+        as_8_bit_rgb,
+        None if aa or color_jitter else pretrain_transform(input_size, crop_scale, flip),
+    )
 
 
 def check_cutmix_sides(input_size: Size, minmax: tuple[float, float]) -> None:
@@ -107,6 +132,22 @@ def _let_posterize_reach_0_bits() -> None:
     )
 
 
+class AsTheImageIs(nn.Module):
+    """One transform for 8-bit RGB images, and another for all else, where there is one."""
+
+    def __init__(self, as_8_bit_rgb: nn.Module, other: nn.Module | None) -> None:
+        super().__init__()
+        self.as_8_bit_rgb = as_8_bit_rgb
+        self.other = other
+
+    def forward(self, image: Tensor) -> Tensor:
+        if image.dtype == torch.uint8 and len(image) == 3:
+            return self.as_8_bit_rgb(image)
+        if self.other is None:
+            raise UnsuitableImage("is no 8-bit RGB image, which --aa and --color_jitter are for")
+        return self.other(image)
+
+
 class FastResizedCrop(v2.RandomResizedCrop):
     """torchvision's crop, with a resize (bicubic) that takes a fifth off the time of an image."""
 
@@ -115,18 +156,19 @@ class FastResizedCrop(v2.RandomResizedCrop):
 
 
 class CropDrawnOnce(nn.Module):
-    """A crop of area 0.08 to 1 and aspect 3/4 to 4/3, clipped to the image, resized (bicubic).
+    """A crop of a random area and aspect 3/4 to 4/3, clipped to the image, resized (bicubic).
 
     torchvision's RandomResizedCrop draws again, up to ten times, what doesn't fit into the image.
     """
 
-    def __init__(self, size: tuple[int, int]) -> None:
+    def __init__(self, size: tuple[int, int], scale: Scale) -> None:
         super().__init__()
         self.size = size
+        self.scale = scale
 
     def forward(self, image: Tensor) -> Tensor:
         height, width = image.shape[-2:]
-        area = height * width * torch.empty(1).uniform_(0.08, 1.0).item()
+        area = height * width * torch.empty(1).uniform_(*self.scale).item()
         aspect = math.exp(torch.empty(1).uniform_(math.log(3 / 4), math.log(4 / 3)).item())
         crop_h = min(height, max(1, round(math.sqrt(area / aspect))))
         crop_w = min(width, max(1, round(math.sqrt(area * aspect))))
@@ -138,13 +180,18 @@ class CropDrawnOnce(nn.Module):
 def resized_crop(
     image: Tensor, top: int, left: int, height: int, width: int, size: Sequence[int]
 ) -> Tensor:
-    """A crop of a uint8 image [3, H, W], resized (bicubic) in the decoders' channels-last layout.
+    """A crop of an image [C, H, W], resized (bicubic) in the decoders' channels-last layout.
 
-    The same bits as torchvision's function, without its checks and copies.
+    The same bits as torchvision's function, without its checks and copies. Floats stay in [0, 1],
+    as bicubic overshoots are clipped in uint8.
     """
     crop = image[None, :, top : top + height, left : left + width]
     crop = crop.contiguous(memory_format=torch.channels_last)
-    return F.interpolate(crop, size, mode="bicubic", antialias=True)[0]
+    return _clip(F.interpolate(crop, size, mode="bicubic", antialias=True)[0])
+
+
+def _clip(image: Tensor) -> Tensor:
+    return image.clamp_(0, 1) if image.is_floating_point() else image
 
 
 class ResizeToCover(nn.Module):
@@ -160,12 +207,19 @@ class ResizeToCover(nn.Module):
             size = [height, max(width, height * w // h)]
         else:
             size = [max(height, width * h // w), width]
-        return v2.functional.resize(image, size, BICUBIC, antialias=True)
+        return _clip(v2.functional.resize(image, size, BICUBIC, antialias=True))
 
 
 def to_float(images: Tensor) -> Tensor:
     """Images on the scale from 0 to 1: uint8 ones divided by 255, float32 ones as they are."""
     return images.float() / 255 if images.dtype == torch.uint8 else images
+
+
+def stack(images: Sequence[Tensor]) -> Tensor:
+    """Images [C, H, W] as one batch; beside float ones, uint8 ones become floats."""
+    if len({image.dtype for image in images}) > 1:
+        images = [to_float(image) for image in images]
+    return torch.stack(list(images))
 
 
 def normalize(
@@ -198,5 +252,5 @@ def _channel_statistics(
     mean: tuple[float, ...], std: tuple[float, ...], device: torch.device
 ) -> tuple[Tensor, Tensor]:
     """Mean and standard deviation per band, each [C, 1, 1]."""
-    means, stds = torch.tensor([mean, std], device=device)[:, :, None, None]
+    means, stds = torch.tensor([mean, std], dtype=torch.float32, device=device)[..., None, None]
     return means, stds

@@ -5,11 +5,13 @@ training may change it. All other flags define the training.
 """
 
 import argparse
+import math
 import os
 from typing import Any
 
 from util.cli import integer, number, path
 from util.errors import warn
+from util.pixels import MAX_PIXELS
 
 
 class MayChange:
@@ -29,6 +31,11 @@ def fixed(parser: argparse.ArgumentParser, flags: dict[str, Any]) -> dict[str, A
     return {name: value for name, value in flags.items() if name not in free}
 
 
+def fixed_by_default(parser: argparse.ArgumentParser) -> dict[str, Any]:
+    """The defaults of `fixed` flags: those of a training that is older than a flag."""
+    return fixed(parser, {action.dest: action.default for action in parser._actions})
+
+
 class HeightWidth(argparse.Action):
     """Stores one number as it is, and two different ones as (height, width)."""
 
@@ -36,6 +43,15 @@ class HeightWidth(argparse.Action):
         if len(values) > 2:
             raise argparse.ArgumentError(self, "takes one number, or height and width")
         setattr(namespace, self.dest, values[0] if len(set(values)) == 1 else tuple(values))
+
+
+class LowHigh(argparse.Action):
+    """Stores two numbers as (LO, HI)."""
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option: Any = None) -> None:
+        if values[0] > values[1]:
+            raise argparse.ArgumentError(self, f"LO {values[0]:g} is above HI {values[1]:g}")
+        setattr(namespace, self.dest, tuple(values))
 
 
 class DistEval(argparse.Action):
@@ -103,11 +119,15 @@ def add_device_flag(parser: argparse._ActionsContainer) -> None:
     )
 
 
-def add_data_flags(parser: argparse.ArgumentParser) -> None:
-    """Where images come from and how they are loaded."""
-    free = MayChange(parser.add_argument_group("Data"))
+def add_source_flags(group: argparse._ActionsContainer) -> None:
+    """Where images come from, and how many processes read them."""
+    free = MayChange(group)
     free.add_argument(
-        "--data_path", type=path, metavar="DIR", required=True, help="folder of the images"
+        "--data_path",
+        type=path,
+        metavar="PATH",
+        required=True,
+        help="folder of the images, or of tar shards, or a text file of paths",
     )
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
@@ -118,10 +138,92 @@ def add_data_flags(parser: argparse.ArgumentParser) -> None:
         help="processes that load images for each training process; results don't depend on it; "
         "the default shares out the machine's cores",
     )
+
+
+def add_data_flags(parser: argparse.ArgumentParser) -> None:
+    """Where images come from and how they are loaded."""
+    group = parser.add_argument_group("Data")
+    add_source_flags(group)
+    group.add_argument(
+        "--crop_scale",
+        type=number(0, 1, above=True),
+        nargs=2,
+        action=LowHigh,
+        metavar=("LO", "HI"),
+        help="the random crop's area, as a share of the image's",
+    )
+    group.add_argument(
+        "--no_flip", action="store_true", help="don't flip images from left to right"
+    )
+    free = MayChange(group)
     free.add_argument(
         "--pin_mem", action="store_true", default=True, help="page-locked batches, for CUDA"
     )
     free.add_argument("--no_pin_mem", action="store_false", dest="pin_mem", help="ordinary memory")
+
+
+def add_pixel_flags(parser: argparse.ArgumentParser) -> None:
+    """What the model sees of a file, see `pixels.PixelFormat`; None where a flag is not given."""
+    group = parser.add_argument_group(
+        "Pixels", "stored in the checkpoint, and read from there by later commands"
+    )
+    group.add_argument(
+        "--in_chans",
+        type=integer(1),
+        metavar="N",
+        help="bands of an image; if not given, those that --bands names, or 3",
+    )
+    group.add_argument(
+        "--value_range",
+        type=number(-math.inf),
+        nargs=2,
+        action=LowHigh,
+        metavar=("LO", "HI"),
+        help="samples that become 0 and 1, in the file's units; others are clipped; if not given, "
+        "the range of the file's unsigned type",
+    )
+    group.add_argument(
+        "--mean",
+        type=number(-math.inf),
+        nargs="+",
+        metavar="X",
+        help="of each band, on the scale from 0 to 1; if not given, ImageNet's for three bands",
+    )
+    group.add_argument("--std", type=number(above=True), nargs="+", metavar="X", help="likewise")
+    add_reading_flags(group)
+
+
+def add_reading_flags(group: argparse._ActionsContainer) -> None:
+    """The flags of `pixels.PixelFormat` that concern the file itself."""
+    group.add_argument(
+        "--bands",
+        type=integer(0),
+        nargs="+",
+        metavar="I",
+        help="the file's bands to take, in this order, from 0; if not given, all",
+    )
+    group.add_argument(
+        "--nodata",
+        type=float,
+        metavar="V",
+        help="sample that stands for no data, in the file's units, or nan; it becomes 0 after "
+        "normalisation",
+    )
+    group.add_argument(
+        "--layout", choices=["hwc", "chw"], help="axes of a .npy file; if not given, hwc"
+    )
+    group.add_argument(
+        "--exif_orientation",
+        action="store_true",
+        default=None,
+        help="turn images as their EXIF tag says; if not given, they stay as they are stored",
+    )
+    MayChange(group).add_argument(
+        "--max_pixels",
+        type=integer(1),
+        default=MAX_PIXELS,
+        help="files that claim more pixels are not decoded",
+    )
 
 
 def add_optimization_flags(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:

@@ -5,6 +5,7 @@ become normalised floats on the device: a quarter of the memory traffic of float
 """
 
 import os
+import shutil
 import signal
 import sys
 import threading
@@ -24,6 +25,7 @@ from util.pixels import RGB, PixelFormat
 from util.seeding import derive_seed, seed_generators
 
 MAX_UNREADABLE_SHARE = 0.01
+SHARED_MEMORY = "/dev/shm"
 
 
 class Batch(NamedTuple):
@@ -65,22 +67,21 @@ class ImageDataset(torch.utils.data.Dataset):
         source = index
         for _ in range(10):
             try:
-                image = read_image(self.paths.source(source), self.pixels)
+                image = self.transform(read_image(self.paths.source(source), self.pixels))
                 break
             except UnreadableImage as error:
-                problem = problem or str(error)
+                reason, name = str(error), self.paths[source]
+                problem = problem or (reason if name in reason else f"{name} {reason}")
                 source = torch.randint(len(self.paths), ()).item()
         else:  # ten unreadable in a row: so many that the run will stop at the next log line
-            image = torch.zeros(self.pixels.in_chans, 1, 1, dtype=torch.uint8)
-        return self.transform(image), self.paths.labels[source], index, problem
+            image = self.transform(torch.zeros(self.pixels.in_chans, 1, 1, dtype=torch.uint8))
+        return image, self.paths.labels[source], index, problem
 
 
 def collate(samples: list[tuple[Tensor, Tensor, int, str]]) -> tuple[Tensor, Tensor, Tensor, list]:
-    """A batch of an `ImageDataset`'s samples; uint8 images become floats beside float ones."""
+    """A batch of an `ImageDataset`'s samples."""
     images, labels, indices, problems = zip(*samples, strict=True)
-    if len({image.dtype for image in images}) > 1:
-        images = tuple(data.to_float(image) for image in images)
-    return torch.stack(images), torch.stack(labels), torch.tensor(indices), list(problems)
+    return data.stack(images), torch.stack(labels), torch.tensor(indices), list(problems)
 
 
 class ShuffledBatches(torch.utils.data.Sampler):
@@ -153,6 +154,7 @@ class ImageLoader:
         self.images_per_step = batches.batch_size * process.world_size
         self.device = process.device
         self._warned: set[int] = set()
+        self._has_checked_memory = False
         self._loader = torch.utils.data.DataLoader(
             dataset,
             batch_sampler=batches,
@@ -184,18 +186,40 @@ class ImageLoader:
             yield imgs, labels, indices, torch.tensor([not problem for problem in problems])
 
     def _batches(self) -> Iterator[tuple[Tensor, Tensor, Tensor, list[str]]]:
+        if self._loader.num_workers and not self._has_checked_memory:
+            self._has_checked_memory = True
+            self._check_shared_memory()
         pixels = self.dataset.pixels
         for images, labels, indices, problems in self._loader:
             images = images.to(self.device, non_blocking=True)
             imgs = data.normalize(images, pixels.mean, pixels.std)
             yield imgs, labels.to(self.device, non_blocking=True), indices, problems
 
+    def _check_shared_memory(self) -> None:
+        """Refuse, with a UserError, to hand over more batches in shared memory than it holds.
+
+        A worker that finds it full dies, or only its thread does and the run waits for ever.
+        """
+        if not os.path.isdir(SHARED_MEMORY):  # as on macOS
+            return
+        image, *_ = self.dataset[0, 0]
+        workers, processes = self._loader.num_workers, int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        batches = workers * (self._loader.prefetch_factor or 2) * processes
+        needed = batches * self.batches.batch_size * image.nbytes
+        free = shutil.disk_usage(SHARED_MEMORY).free
+        if needed > free:
+            raise UserError(
+                f"{SHARED_MEMORY} has {free >> 20} MiB free, and {workers} workers for each of "
+                f"{processes} processes need up to {needed >> 20}: give a container more "
+                f"(docker run --shm-size={(needed >> 30) + 1}g), or lower --num_workers"
+            )
+
     def _warn_unreadable(self, indices: Tensor, problems: list[str]) -> int:
         """Warn once about each unreadable image; returns how many there are."""
         for index, problem in zip(indices.tolist(), problems, strict=True):
             if problem and index not in self._warned:
                 self._warned.add(index)
-                say(f"warning: skipped as unreadable: {problem}", sys.stderr)
+                say(f"warning: an image is unreadable and skipped: {problem}", sys.stderr)
         return len(problems) - problems.count("")
 
 

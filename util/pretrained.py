@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from timm.models import adapt_input_conv
 from torch import Tensor, nn
 
 from util.checkpoint import load_checkpoint
@@ -13,9 +14,18 @@ from util.errors import UserError, warn
 from util.pos_embed import interpolate_pos_embed
 
 
-def start_from(model: nn.Module, path: str | Path) -> int:
-    """Load the encoder in a file into a classifier, see `load_encoder`; returns its fingerprint."""
-    contents = load_checkpoint(path)
+def start_from(model: nn.Module, path: str | Path, contents: dict[str, Any] | None = None) -> int:
+    """Load the encoder in a checkpoint into a classifier, see `load_encoder`.
+
+    Args:
+        model: a classifier of `models_vit`.
+        path: the checkpoint.
+        contents: what `load_checkpoint` returns for it, if that was called before.
+
+    Returns:
+        the encoder's fingerprint.
+    """
+    contents = load_checkpoint(path) if contents is None else contents
     weights = contents["model"]
     load_encoder(model, weights, str(path), input_size=saved_input_size(contents))
     encoder = [k for k in model.state_dict() if k in weights and not k.startswith("head.")]
@@ -86,7 +96,36 @@ def load_encoder(
     if not hasattr(model.norm, "weight"):  # fc_norm normalises the mean of the tokens instead
         ignored.append("norm.")
     weights = {k: v for k, v in state_dict.items() if not k.startswith(tuple(ignored))}
+    in_chans = model.patch_embed.proj.in_channels
+    if _in_chans(weights) == 3 and in_chans != 3:
+        weights = adapt_channels(weights, in_chans)
+        warn(f"{source} has 3 channels: its patch projection is adapted to {in_chans}")
     _load_weights(model, weights, source, input_size, may_miss=("head.", "fc_norm."))
+
+
+def _in_chans(weights: dict[str, Tensor]) -> int | None:
+    projection = weights.get("patch_embed.proj.weight")
+    return projection.shape[1] if projection is not None and projection.ndim == 4 else None
+
+
+def adapt_channels(state_dict: dict[str, Tensor], in_chans: int) -> dict[str, Tensor]:
+    """Weights of a model of three channels for one of `in_chans`.
+
+    The patch projection is adapted by timm's `adapt_input_conv`: one channel gets the sum of the
+    three, N channels repeat them, times 3 / N. So grey images in equal channels give equal tokens.
+    The decoder's last layer, whose outputs are pixels, gets their mean or repeats them as they are.
+    """
+    adapted = dict(state_dict)
+    key = "patch_embed.proj.weight"
+    adapted[key] = adapt_input_conv(in_chans, state_dict[key])
+    for key in {"decoder_pred.weight", "decoder_pred.bias"} & state_dict.keys():
+        channels = state_dict[key].unflatten(0, (-1, 3))  # the fastest index of a patch's values
+        if in_chans == 1:
+            channels = channels.mean(dim=1, keepdim=True)
+        else:
+            channels = channels[:, [channel % 3 for channel in range(in_chans)]]
+        adapted[key] = channels.flatten(0, 1)
+    return adapted
 
 
 def load_classifier(

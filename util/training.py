@@ -66,6 +66,7 @@ class Checkpoints:
         process: this `distributed.Process`.
         signals: the run's `StopSignals`, which ask for a save and a stop.
         settings: what defines the training; a checkpoint resumes only under equal settings.
+        defaults: settings of a checkpoint that doesn't know them, being older than their flags.
         contents: further entries of every checkpoint, such as "command" and "args".
         epochs: the training's length.
         save_every: epochs between the numbered checkpoints.
@@ -79,6 +80,7 @@ class Checkpoints:
         *,
         signals: StopSignals,
         settings: dict[str, Any],
+        defaults: dict[str, Any],
         contents: dict[str, Any],
         epochs: int,
         save_every: int,
@@ -88,6 +90,7 @@ class Checkpoints:
         self.process = process
         self.signals = signals
         self.settings = settings
+        self.defaults = defaults
         self.contents = contents
         self.epochs = epochs
         self.save_every = save_every
@@ -176,7 +179,7 @@ class Checkpoints:
                 f"{path} has format {contents['format']}, written by version {writer} of this "
                 f"project, and can't be resumed by version {util.__version__}"
             )
-        saved = contents["training"]
+        saved = {**self.defaults, **contents["training"]}
         if contents["format"] == 1:  # version 0.1, whose --amp auto was float32 on a CPU
             dtypes = {"off": "float32", "bf16": "bfloat16", "fp16": "float16"}
             if self.process.device.type == "cpu":

@@ -1,0 +1,104 @@
+"""Measure a folder of images before training on it.
+
+python main_data.py stats --data_path DIR --output stats.json
+"""
+
+import contextlib
+import json
+import os
+from dataclasses import asdict
+from pathlib import Path
+
+import util.threads  # noqa: F401  before torch, whose threads it sets
+
+# isort: split
+from util import advice, cli, flags, image_files
+from util.errors import UserError, warn
+from util.pixels import PixelFormat
+from util.statistics import survey_statistics
+
+STATS = """Measure every band of the training images: minimum, maximum, 1st and 99th percentile,
+mean and standard deviation (of the population), in the files' own units.
+
+    python main_data.py stats --data_path DIR --output stats.json
+
+Prints the flags with which main_pretrain.py normalises these images.
+"""
+
+
+def get_args_parser():
+    parser = cli.ArgumentParser(description=__doc__)
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    add_stats_parser(commands)
+    return parser
+
+
+def add_stats_parser(commands):
+    parser = commands.add_parser("stats", description=STATS, help="statistics of every band")
+    parser.set_defaults(run=stats)
+    flags.add_source_flags(parser)
+    flags.add_reading_flags(parser)
+    parser.add_argument(
+        "--max_images", type=cli.integer(1), help="measure only so many, spread evenly over all"
+    )
+    parser.add_argument(
+        "--output", type=cli.path, metavar="FILE", help="write the statistics to it, as JSON"
+    )
+
+
+def stats(args):
+    if args.output:
+        cli.make_writable(Path(args.output).parent, "folder of --output")
+        if Path(args.output).is_dir():
+            raise UserError(f"--output {args.output} is a folder: give a file such as stats.json")
+    pixels = PixelFormat(
+        bands=tuple(args.bands) if args.bands else None,
+        nodata=args.nodata,
+        layout=args.layout or "hwc",
+        exif_orientation=bool(args.exif_orientation),
+        max_pixels=args.max_pixels,
+    )
+    paths = image_files.find_images(args.data_path, "train")
+    if args.max_images and args.max_images < len(paths):
+        print(f"measuring {args.max_images} of {len(paths)} images, spread evenly", flush=True)
+    found = survey_statistics(
+        paths, pixels, max_images=args.max_images, num_workers=args.num_workers
+    )
+
+    for doubt in advice.doubts(found, pixels):
+        warn(doubt)
+    print(f"{found.images} images, {found.pixels} pixels, {found.dtype}; in their own units:")
+    if found.kept is not None:
+        print(f"percentiles are of {found.kept} values a band, spread over all")
+    print(advice.table(found, pixels))
+    pasted = advice.flags_to_paste(found, pixels)
+    print(f"flags to paste, with mean and std on the scale from 0 to 1:\n{pasted}")
+    if found.bands == 1:
+        print(
+            "--in_chans 1 is for a model of one band. For one of three equal bands leave it out, "
+            "and give the numbers of --mean and --std three times"
+        )
+    if args.output:
+        entries = asdict(found) | {"flags": pasted}
+        del entries["full_scale"], entries["kept"]
+        write_whole(Path(args.output), json.dumps(entries) + "\n")
+
+
+def write_whole(path, text):
+    """Write a file so that it holds all of `text`, or what it held before."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        temporary.write_text(text)
+        os.replace(temporary, path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise UserError(f"--output {path} can't be written: {error.strerror}") from error
+
+
+def main(args):
+    args.run(args)
+
+
+if __name__ == "__main__":
+    cli.run(main, get_args_parser())

@@ -1,0 +1,237 @@
+"""Statistics of a folder's images, band by band, and the flags that a training needs for them."""
+
+import math
+import signal
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from util.decoding import UnreadableImage, UnsuitableImage, describe, read_samples
+from util.errors import UserError, warn
+from util.image_files import ImagePaths
+from util.loading import MAX_UNREADABLE_SHARE
+from util.pixels import PixelFormat
+from util.tallies import Counts, Figures, Moments
+
+MAX_KEPT = 1 << 22  # values a band for the percentiles of types of more than 16 bits
+MAX_KEPT_IN_ALL = 1 << 26  # the same for all bands together
+SLICE = 1 << 22  # samples to look at together
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """Figures of images; the lists have a number a band, in the files' own units.
+
+    Attributes:
+        images: how many were read.
+        unreadable: how many were left out.
+        dtype: numpy's name of a sample's type.
+        full_scale: the sample that stands for 1 in unsigned types of at most 16 bits; else None.
+        bands: bands an image.
+        pixels: of all images together, those without data too.
+        kept: values a band that the percentiles are from, where that isn't all of them.
+        std: of the population (divided by the number of samples).
+    """
+
+    images: int
+    unreadable: int
+    dtype: str
+    full_scale: int | None
+    bands: int
+    pixels: int
+    kept: int | None
+    min: list[float]
+    max: list[float]
+    p01: list[float]
+    p99: list[float]
+    mean: list[float]
+    std: list[float]
+
+
+class Kind(NamedTuple):
+    """What images must have in common."""
+
+    dtype: str
+    full_scale: int | None
+    bands: int
+
+    def __str__(self) -> str:
+        bits = ""
+        if self.full_scale and 255 < self.full_scale < 65535:
+            bits = f" with {self.full_scale.bit_length()} bits"
+        return f"{self.bands} band{'s' * (self.bands > 1)} of {self.dtype}{bits}"
+
+    def tally(self, image: int = 0, thinned: int = 0) -> Counts | Moments:
+        """An empty one, for a band."""
+        dtype = np.dtype(self.dtype)
+        if dtype.itemsize <= 2:
+            return Counts(dtype)
+        return Moments(min(MAX_KEPT, MAX_KEPT_IN_ALL // self.bands), image, thinned)
+
+
+@dataclass(frozen=True)
+class Measured:
+    """An image's share of the statistics."""
+
+    name: str
+    kind: Kind
+    pixels: int
+    parts: list  # a band's, as its tally gives and takes them
+
+
+class Measurements(torch.utils.data.Dataset):
+    """Images, measured: [i] is `Measured`, or the error of one that can't be.
+
+    Attributes:
+        thinned: how often the values of all bands have been halved so far. Workers see it and send
+            no more than needed.
+    """
+
+    def __init__(self, paths: ImagePaths, chosen: np.ndarray, pixels: PixelFormat) -> None:
+        self.paths, self.chosen, self.pixels = paths, chosen, pixels
+        self.thinned = torch.zeros((), dtype=torch.int64).share_memory_()
+
+    def __len__(self) -> int:
+        return len(self.chosen)
+
+    def __getitem__(self, index: int) -> Measured | UnreadableImage | UserError:
+        source = self.paths.source(int(self.chosen[index]))
+        try:
+            samples = read_samples(source, self.pixels)
+            bits = describe(source, self.pixels).bits
+        except UnsuitableImage as error:
+            return UserError(str(error))
+        except UnreadableImage as error:
+            return error
+        height, width, bands = samples.shape
+        kind = Kind(samples.dtype.name, _full_scale(samples.dtype, bits), bands)
+        tallies = [kind.tally(index, int(self.thinned)) for _ in range(bands)]
+        for rows in _slices(samples):
+            for tally, values in zip(tallies, rows, strict=True):
+                values = _with_data(values, self.pixels.nodata)
+                if values.dtype.kind == "f" and not np.isfinite(values).all():
+                    return UserError(
+                        f"{source.name} holds samples that are not finite: if NaN stands for no "
+                        "data, use --nodata nan; mend or remove files with infinite ones"
+                    )
+                tally.add(values)
+        return Measured(source.name, kind, height * width, [tally.part() for tally in tallies])
+
+
+def _full_scale(dtype: np.dtype, bits: int) -> int | None:
+    if dtype.kind == "b":
+        return 1
+    if dtype.kind != "u" or dtype.itemsize > 2:
+        return None
+    return 2 ** (bits if dtype.itemsize == 2 and 8 < bits < 16 else 8 * dtype.itemsize) - 1
+
+
+def _slices(samples: np.ndarray) -> Iterator[np.ndarray]:
+    """An image [H, W, bands] in parts of some rows, [bands, n], in the machine's byte order."""
+    height, width, bands = samples.shape
+    step = max(1, SLICE // (width * bands))
+    for top in range(0, height, step):
+        rows = np.moveaxis(samples[top : top + step], 2, 0).reshape(bands, -1)
+        yield rows.astype(rows.dtype.newbyteorder("="), order="C", copy=False)
+
+
+def _with_data(values: np.ndarray, nodata: float | None) -> np.ndarray:
+    if nodata is None:
+        return values
+    return values[~np.isnan(values) if math.isnan(nodata) else values != nodata]
+
+
+def survey_statistics(
+    paths: ImagePaths, pixels: PixelFormat, *, max_images: int | None = None, num_workers: int = 0
+) -> Statistics:
+    """Read images once and measure each band; the same figures with any number of workers.
+
+    Args:
+        paths: the images.
+        pixels: bands, layout, orientation, and the nodata value, which is left out.
+        max_images: read only so many, spread evenly over all.
+        num_workers: processes that read images; 0 to read them in this one.
+
+    Raises:
+        UserError: images differ in bands or type, or hold samples that are not finite; more than
+            1% and at least 10 are unreadable, or all; a band has nothing but nodata.
+    """
+    count = min(len(paths), max_images or len(paths))
+    chosen = np.arange(count) * (len(paths) - 1) // max(1, count - 1)
+    dataset = Measurements(paths, chosen, pixels)
+    loader = torch.utils.data.DataLoader(
+        dataset,
+        batch_size=None,
+        num_workers=num_workers,
+        prefetch_factor=1 if num_workers else None,
+        multiprocessing_context="fork" if num_workers and sys.platform == "linux" else None,
+        worker_init_fn=_leave_interrupts_to_the_main_process,
+    )
+    first, images, unreadable, n_pixels = None, 0, 0, 0
+    totals: list = []
+    for measured in tqdm(loader, unit="image", disable=None):
+        if isinstance(measured, UserError):
+            raise measured
+        if isinstance(measured, UnreadableImage):
+            unreadable += 1
+            with tqdm.external_write_mode(sys.stderr):
+                warn(f"left out as unreadable: {measured}")
+            if unreadable >= 10 and unreadable > MAX_UNREADABLE_SHARE * count:
+                raise UserError(
+                    f"{unreadable} of {count} images are unreadable so far, more than "
+                    f"{MAX_UNREADABLE_SHARE:.0%}: mend or remove the files named above"
+                )
+            continue
+        if first is None:
+            first, totals = measured, [measured.kind.tally() for _ in measured.parts]
+        elif measured.kind != first.kind:
+            raise UserError(
+                f"{first.name} holds {first.kind}, but {measured.name} holds {measured.kind}: "
+                "measure images of one kind, each kind in a folder of its own"
+            )
+        images, n_pixels = images + 1, n_pixels + measured.pixels
+        for total, part in zip(totals, measured.parts, strict=True):
+            total.merge(part)
+        dataset.thinned.fill_(min(total.thinned for total in totals))
+    if first is None:
+        raise UserError(f"none of {count} images is readable: mend the files named above")
+    bands = band_numbers(pixels, len(totals))
+    figures = [_figures(total, band) for total, band in zip(totals, bands, strict=True)]
+    kept = min(total.kept for total in totals) if any(total.thinned for total in totals) else None
+    lists: dict[str, Any] = {
+        name: [getattr(band, name) for band in figures] for name in Figures._fields
+    }
+    return Statistics(
+        images=images,
+        unreadable=unreadable,
+        **first.kind._asdict(),
+        pixels=n_pixels,
+        kept=kept,
+        **lists,
+    )
+
+
+def band_numbers(pixels: PixelFormat, bands: int) -> tuple[int, ...]:
+    """The files' numbers of the bands that were read."""
+    return pixels.bands or tuple(range(bands))
+
+
+def _figures(total: Counts | Moments, band: int) -> Figures:
+    if not total.count:
+        raise UserError(f"band {band} holds nothing but nodata: leave it out with --bands")
+    figures = total.figures()
+    if not math.isfinite(figures.std):
+        raise UserError(
+            f"band {band}, from {figures.min:g} to {figures.max:g}, has no finite std: if one of "
+            "these values stands for no data, give it as --nodata"
+        )
+    return figures
+
+
+def _leave_interrupts_to_the_main_process(_worker_id: int) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
