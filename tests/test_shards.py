@@ -272,6 +272,18 @@ def test_links_are_refused_by_name(tmp_path, user_error, kind):
     assert "--dereference" in message
 
 
+@pytest.mark.parametrize("format", ["gnu", "posix"])
+def test_a_sparse_file_is_refused_by_name(tmp_path, user_error, format):
+    with open(tmp_path / "1.jpg", "wb") as file:
+        file.write(JPEG)
+        file.seek(1 << 20)
+        file.write(b"end")
+    command = ["tar", "-C", tmp_path, "--sparse", f"--format={format}", "-cf"]
+    subprocess.run([*command, tmp_path / "train-0.tar", "1.jpg"], check=True)
+    message = user_error(lambda: find_shards(tmp_path, "train"))
+    assert "train-0.tar: 1.jpg is a link or a sparse file" in message
+
+
 @pytest.mark.parametrize("format", [tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
 def test_long_names_and_sizes_in_pax_headers(tmp_path, format):
     long = "folder/" * 30 + "\u00e4" * 90 + ".jpg"
@@ -427,7 +439,7 @@ def large_folder(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("shown_lines", [1, 4, 7])
+@pytest.mark.parametrize("shown_lines", [1, 7])
 def test_a_killed_pack_continues_to_the_same_bytes(large_folder, tmp_path, shown_lines):
     flags = {"data_path": large_folder, "num_workers": 0, "shard_mb": 1}
     expected = run_pack(large_folder, tmp_path / "expected", shard_mb=1)
@@ -495,6 +507,7 @@ def test_a_full_disk_is_one_line(tmp_path, user_error, monkeypatch):
     monkeypatch.setattr(packing.os, "truncate", fail)
     message = user_error(lambda: run_pack(folder, tmp_path / "out"))
     assert f"{tmp_path / 'out'} can't be written (No space left on device)" in message
+    assert not list((tmp_path / "out").glob(".*.tmp"))
 
 
 def test_large_images_are_resized(tmp_path, capsys):
@@ -524,7 +537,7 @@ def test_large_images_are_resized(tmp_path, capsys):
         ("BMP", "RGB", (32, 25)),
     ]
     assert [image.getexif().get(0x0112) for image in opened] == [6, None, None, None, 6, None, None]
-    assert "are larger than --max_side" in capsys.readouterr().out
+    assert f"{len(images) - 6} larger ones are as they were" in capsys.readouterr().out
     expected = np.asarray(large.resize((32, 25), Image.LANCZOS)).astype(int)
     assert (np.asarray(opened[2]) == expected).all()
     assert abs(np.asarray(opened[0]) - expected).mean() < 4

@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import importlib.util
 import io
 import json
 import os
@@ -64,10 +65,12 @@ def pack(splits: dict[str, ImagePaths], output: Path, packing: Packing, num_work
         UserError: the folder can't be written, or holds something else; there is no tifffile, which
             pages need; at the end, if many files are unreadable.
     """
-    if packing.pages == "each":
-        _need_tifffile(splits)
+    if packing.pages == "each" and not importlib.util.find_spec("tifffile"):
+        raise UserError("--pages each needs a package: pip install tifffile imagecodecs")
     names = {os.fsencode(name) for images in splits.values() for name in images.classes} - {b""}
-    classes = [os.fsdecode(name) for name in sorted(names)]
+    if any(b"\n" in name for name in names):
+        raise UserError("the name of a class has a line break in it: rename its folder")
+    classes = {os.fsdecode(name): number for number, name in enumerate(sorted(names))}
     settings = asdict(packing) | {s: [len(i), i.fingerprint] for s, i in splits.items()}
     try:
         progress = _begin(output, settings)
@@ -81,26 +84,14 @@ def pack(splits: dict[str, ImagePaths], output: Path, packing: Packing, num_work
             f"{output} can't be written ({error.strerror}): mend that, and repeat the command to "
             "continue"
         ) from error
+    finally:
+        _remove_torn(output)
     _sum_up(splits, output, progress["shards"])
-
-
-def _need_tifffile(splits: dict[str, ImagePaths]) -> None:
-    try:
-        import tifffile  # noqa: F401
-    except ImportError as error:
-        for images in splits.values():
-            for index in range(len(images)):
-                if images[index].lower().endswith((".tif", ".tiff")):
-                    raise UserError(
-                        f"--pages each needs tifffile for {images[index]}: pip install tifffile "
-                        "imagecodecs"
-                    ) from error
 
 
 def _begin(output: Path, settings: dict[str, Any]) -> dict[str, Any]:
     """How far a pack with these settings is: its whole shards."""
-    for leftover in output.glob(".*.tar.tmp"):
-        leftover.unlink()
+    _remove_torn(output)
     if not (output / PACK).exists():
         if any(output.glob("*.tar")):
             raise UserError(f"{output} holds shards of another origin: choose another --output")
@@ -122,6 +113,11 @@ def _begin(output: Path, settings: dict[str, Any]) -> dict[str, Any]:
     return progress | {"shards": whole, "finished": False}
 
 
+def _remove_torn(output: Path) -> None:
+    for shard in output.glob(".*.tar.tmp"):
+        shard.unlink()
+
+
 def _write(path: Path, content: bytes) -> None:
     """Write a file that is never there in part."""
     temporary = path.with_name(f".{path.name}.tmp")
@@ -132,7 +128,7 @@ def _write(path: Path, content: bytes) -> None:
 def _pack_split(
     split: str,
     images: ImagePaths,
-    classes: list[str],
+    classes: dict[str, int],
     output: Path,
     packing: Packing,
     progress: dict[str, Any],
@@ -161,7 +157,7 @@ def _pack_split(
             origin = {"name": name} if page < 0 else {"name": name, "page": page}
             members = {sample.suffix: sample.content, "json": json.dumps(origin).encode()}
             if name_of_class := images.classes[images.labels[index]]:
-                members["cls"] = str(classes.index(name_of_class)).encode()
+                members["cls"] = str(classes[name_of_class]).encode()
             yield number, members
 
     samples = readable()
@@ -208,9 +204,10 @@ def _sum_up(splits: dict[str, ImagePaths], output: Path, shards: list[dict[str, 
     if unreadable:
         line += f"; {unreadable} unreadable files left out"
     if too_large:
-        line += f"; {too_large} of other types than 8-bit are larger than --max_side, as they were"
+        line += f"; {too_large} larger ones are as they were, as they aren't 8-bit grey or RGB"
     say(f"{line}\ntrain on it: python main_pretrain.py --data_path {output}", sys.stdout)
-    if unreadable >= MIN_UNREADABLE and unreadable > MAX_UNREADABLE_SHARE * total("images"):
+    limit = MAX_UNREADABLE_SHARE * (total("images") + unreadable)
+    if unreadable >= MIN_UNREADABLE and unreadable > limit:
         raise UserError(f"{output} lacks {unreadable} unreadable files, more than 1%: see above")
 
 
@@ -320,4 +317,6 @@ def _sample(source: ImageSource, packing: Packing, is_page: bool) -> Sample:
     if content is None:
         content = Path(source.path or "").read_bytes()
     suffix = os.path.splitext(source.name)[1].lower().removeprefix(".")
+    if is_page:
+        suffix = "tif" if stored.format == "TIFF" else "png"
     return Sample(suffix, content, too_large)

@@ -34,14 +34,14 @@ def read_page(source: ImageSource, page: int, pixels: PixelFormat) -> ImageSourc
     name = f"{source.name} page {page}"
     try:
         if stored.format == "TIFF":
-            return ImageSource(f"{name}.tif", content=_read_tiff_page(source, page))
+            return ImageSource(name, content=_read_tiff_page(source, page))
         if stored.dtype != "uint8":
             raise ValueError(f"pages of {stored.dtype} are read of TIFF files only")
         image = _open_animation(source)
         image.seek(page)
         if image.mode not in ("1", "L", "LA", "P", "RGB", "RGBA"):
             image = image.convert("RGB")
-        return ImageSource(f"{name}.png", content=encode(image, stored.orientation))
+        return ImageSource(name, content=encode(image, stored.orientation))
     except Exception as error:  # decoders raise anything on broken files
         raise UnreadableImage(f"{name}: {error}") from error
 
