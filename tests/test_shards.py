@@ -338,7 +338,9 @@ def test_a_damaged_header_is_named(tmp_path, packed, user_error, place):
     content = bytearray((packed / "train-000000.tar").read_bytes())
     content[place : place + 512] = b"\xa5" * 512
     (tmp_path / "train-000000.tar").write_bytes(content)
-    assert "train-000000.tar" in user_error(lambda: find_shards(tmp_path, "train"))
+    message = user_error(lambda: find_shards(tmp_path, "train"))
+    assert "train-000000.tar is torn" in message
+    assert f"at byte {place}" in message or not place
 
 
 def test_what_follows_the_end_of_a_tar_is_not_lost(tmp_path, user_error):
@@ -454,6 +456,7 @@ def test_a_killed_pack_continues_to_the_same_bytes(large_folder, tmp_path, shown
     process.communicate()
     killed = shard_bytes(output)
     assert shown_lines <= len(killed) < len(shard_bytes(expected))
+    assert not json.loads((output / "pack.json").read_text())["finished"]
     run_pack(large_folder, output, shard_mb=1)
     assert shard_bytes(output) == shard_bytes(expected)
     assert not list(output.glob(".*.tmp"))
@@ -462,6 +465,7 @@ def test_a_killed_pack_continues_to_the_same_bytes(large_folder, tmp_path, shown
 def test_a_lost_shard_is_written_again(large_folder, tmp_path):
     output = run_pack(large_folder, tmp_path / "out", shard_mb=1)
     expected = shard_bytes(output)
+    assert shard_bytes(run_pack(large_folder, output, shard_mb=1)) == expected
     (output / "train-000004.tar").unlink()
     assert shard_bytes(run_pack(large_folder, output, shard_mb=1)) == expected
 
@@ -537,6 +541,7 @@ def test_large_images_are_resized(tmp_path, capsys):
         ("BMP", "RGB", (32, 25)),
     ]
     assert [image.getexif().get(0x0112) for image in opened] == [6, None, None, None, 6, None, None]
+    assert contents(images)[7:] in ([], [(folder / "train" / "7.npy").read_bytes()])
     assert f"{len(images) - 6} larger ones are as they were" in capsys.readouterr().out
     expected = np.asarray(large.resize((32, 25), Image.LANCZOS)).astype(int)
     assert (np.asarray(opened[2]) == expected).all()
@@ -585,7 +590,7 @@ def test_each_page_becomes_an_image(tmp_path):
     }
     for name, array in arrays.items():
         kept = options.get(name, {"photometric": "minisblack"})
-        tifffile.imwrite(folder / name, array, **kept)
+        tifffile.imwrite(folder / name, array, extratags=[(0x0112, "H", 1, 6, False)], **kept)
     frames = [photograph(61, 47, seed=seed) for seed in range(3)]
     frames[0].save(folder / "h.webp", save_all=True, append_images=frames[1:], lossless=True)
     expected = []
@@ -604,6 +609,8 @@ def test_each_page_becomes_an_image(tmp_path):
         found = decoding.read_samples(images.source(index), PixelFormat(in_chans=bands))
         assert found.dtype == array.dtype, name
         assert (found.reshape(array.shape) == array).all(), name
+        orientation = decoding.describe(images.source(index)).orientation
+        assert orientation == (1 if name.startswith("h.webp") else 6), name
     is_png = [content.startswith(b"\x89PNG") for content in contents(images)]
     assert is_png == [array.dtype == np.uint8 for _, array in expected]
 
@@ -631,7 +638,7 @@ def test_one_page_that_holds_a_stack_of_imagej(tmp_path):
         assert (found[..., 0] == stack[index]).all()
 
 
-def test_many_bands_are_copied_whole(tmp_path):
+def test_what_needs_flags_to_be_read_is_copied_whole(tmp_path):
     tifffile = pytest.importorskip("tifffile")
     bands = np.random.default_rng(0).normal(size=(20, 30, 13)).astype(np.float32)
     bands[0, 0] = np.nan
@@ -639,5 +646,6 @@ def test_many_bands_are_copied_whole(tmp_path):
     tifffile.imwrite(
         tmp_path / "in" / "1.tif", bands, photometric="minisblack", planarconfig="contig"
     )
-    images = find_shards(run_pack(tmp_path / "in", tmp_path / "out"), "train")
-    assert contents(images)[1] == (tmp_path / "in" / "1.tif").read_bytes()
+    tifffile.imwrite(tmp_path / "in" / "2.tif", np.zeros((20, 30), np.int8))
+    images = find_shards(run_pack(tmp_path / "in", tmp_path / "out", max_side=9), "train")
+    assert contents(images)[1:] == [(tmp_path / "in" / f"{n}.tif").read_bytes() for n in (1, 2)]
