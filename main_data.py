@@ -70,7 +70,7 @@ def stats(args):
         exif_orientation=bool(args.exif_orientation),
         max_pixels=args.max_pixels,
     )
-    paths = image_files.find_images(args.data_path, "train")
+    paths = image_files.find_images(args.data_path, "train", pixels, as_stored=True)
     if args.max_images and args.max_images < len(paths):
         print(f"measuring {args.max_images} of {len(paths)} images, spread evenly", flush=True)
     found = survey_statistics(
@@ -134,10 +134,10 @@ def add_pack_parser(commands):
 def pack(args):
     cli.make_writable(args.output, "--output")
     how = packing.Packing(args.max_side, args.shard_mb, args.pages, args.layout, args.max_pixels)
-    found = {
-        split: image_files.find_images(args.data_path, split) for split in ("train", "val", "test")
-    }
-    splits = {split: images for split, images in found.items() if images}
+    splits = {}
+    for split in ("train", "val", "test"):
+        if images := image_files.find_images(args.data_path, split, how.pixels, as_stored=True):
+            splits[split] = images
     with locking.lock(args.output, distributed.Process(0, 1, torch.device("cpu"))):
         packing.pack(splits, Path(args.output), how, args.num_workers)
 

@@ -193,7 +193,9 @@ def resolve_pixels(args, contents, path, may_adapt=False):
 
 def make_loaders(args, process, transform, pixel_format):
     """The loaders of training and of held-out images, whose classes agree."""
-    train_paths, val_paths = image_files.find_labelled_images(args.data_path, args.nb_classes)
+    train_paths, val_paths = image_files.find_labelled_images(
+        args.data_path, args.nb_classes, pixels=pixel_format
+    )
     options = batching(args, pixel_format)
     train_loader = loading.train_loader(
         train_paths, transform, process, accum_iter=args.accum_iter, **options
@@ -311,7 +313,7 @@ def evaluate_checkpoint(args, process, amp_dtype):
         raise UserError("--eval needs a classifier's checkpoint: give it by --resume")
     contents = checkpoint.load_checkpoint(path)
     pixel_format = resolve_pixels(args, contents, path)
-    val_paths = find_val_images(args, contents, path)
+    val_paths = find_val_images(args, contents, path, pixel_format)
     model = build_model(args)
     pretrained.load_classifier(
         model, contents["model"], path, pretrained.saved_input_size(contents)
@@ -319,8 +321,8 @@ def evaluate_checkpoint(args, process, amp_dtype):
     evaluate_classifier(args, process, amp_dtype, model, val_paths, pixel_format, path)
 
 
-def find_val_images(args, contents, path):
-    """The held-out images; an error if flags or classes differ from those of the checkpoint."""
+def find_val_images(args, contents, path, pixel_format):
+    """The held-out images, labelled as the checkpoint's classes; an error if flags differ."""
     pretrained.check_flags(
         contents,
         path,
@@ -331,10 +333,9 @@ def find_val_images(args, contents, path):
             "input_size": args.input_size,
         },
     )
-    (val_paths,) = image_files.find_labelled_images(args.data_path, args.nb_classes, ["val"])
-    if "classes" in contents:
-        image_files.check_classes(val_paths, contents["classes"], path)
-    return val_paths
+    return image_files.find_images_to_evaluate(
+        args.data_path, args.nb_classes, contents.get("classes"), path, pixels=pixel_format
+    )
 
 
 def evaluate_classifier(args, process, amp_dtype, model, val_paths, pixel_format, path):
@@ -356,6 +357,7 @@ def batching(args, pixel_format):
         "num_workers": args.num_workers,
         "pin_mem": args.pin_mem,
         "pixels": pixel_format,
+        "decode": args.decode,
     }
 
 

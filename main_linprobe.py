@@ -105,7 +105,7 @@ def evaluate_checkpoint(args, process, amp_dtype):
     if contents.get("command") != "main_linprobe.py":
         raise UserError(f"{args.resume} is not a checkpoint of main_linprobe.py")
     pixel_format = resolve_pixels(args, contents, args.resume)
-    val_paths = find_val_images(args, contents, args.resume)
+    val_paths = find_val_images(args, contents, args.resume, pixel_format)
     model, head, encoder = build_model(args, checkpoint.load_checkpoint(args.finetune))
     if encoder != contents["training"]["encoder"]:
         raise UserError(f"{args.resume} is a probe of a different encoder than {args.finetune}")

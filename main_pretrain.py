@@ -94,14 +94,15 @@ def pretrain(args, process, amp_dtype):
     # ---- data
     pixel_format = pixels.resolve(vars(args))
     vars(args).update(pixel_format.stored())
-    train_paths = image_files.find_images(args.data_path, "train")
-    val_paths = image_files.find_images(args.data_path, "val")
+    train_paths = image_files.find_images(args.data_path, "train", pixel_format)
+    val_paths = image_files.find_images(args.data_path, "val", pixel_format)
     batching = dict(
         batch_size=args.batch_size,
         seed=args.seed,
         num_workers=args.num_workers,
         pin_mem=args.pin_mem,
         pixels=pixel_format,
+        decode=args.decode,
     )
     transform = data.pretrain_transform(args.input_size, args.crop_scale, not args.no_flip)
     train_loader = loading.train_loader(

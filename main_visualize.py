@@ -116,9 +116,9 @@ def main(args):
     # ---- data
     paths = args.images
     if args.data_path is not None:
-        found = image_files.find_images(args.data_path, "val") or image_files.find_images(
-            args.data_path, "train"
-        )
+        found = image_files.find_images(args.data_path, "val", pixel_format)
+        if found is None:
+            found = image_files.find_images(args.data_path, "train", pixel_format)
         chosen = np.random.default_rng(args.seed).permutation(len(found))[: args.num_images]
         paths = [found.source(index) for index in chosen.tolist()]
     transform = data.picture_transform(config["input_size"])

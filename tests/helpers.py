@@ -67,7 +67,7 @@ def in_mode(mode):
 def encode(image_format, mode="RGB", **options):
     """A photograph as the bytes of a file; with `save_all` an animation that begins with it."""
     if "save_all" in options:
-        options = options | {"append_images": [photograph(61, 47, seed=2)]}
+        options = options | {"append_images": [photograph(61, 47, seed=2).copy()]}
     buffer = io.BytesIO()
     in_mode(mode).save(buffer, image_format, **options)
     return buffer.getvalue()
@@ -81,6 +81,11 @@ def fill(root, names, content=None):
         with open(path, "wb") as file:
             file.write(encode("JPEG") if content is None else content)
     return root
+
+
+def relative_names(paths):
+    """What an ImagePaths lists, without its folder."""
+    return [os.path.relpath(path, os.fsdecode(paths.root)) for path in paths]
 
 
 def pixels(image):

@@ -9,12 +9,15 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers import CPU, FORKS, ROOT
+from helpers import CPU, FORKS, ROOT, photograph
+from PIL import Image
 from torch import nn
 
 from benchmarks import data_loading, gpu, report, sides, table, train_step, whole_run
 from benchmarks.sides import Setting
+from util.distributed import Process
 from util.errors import UserError
+from util.image_files import ImagePaths
 
 
 @pytest.fixture(autouse=True)
@@ -301,6 +304,63 @@ def test_a_whole_run_s_figures_by_hand(tmp_path, monkeypatch):
         "| main_pretrain.py beside a busy process | 52.5 | 0.62 (0.50 to 0.75) |  |  |",
         "| bare steps | 100 |  |  |  |",
     ]
+
+
+def test_loading_s_figures_by_hand(tmp_path, monkeypatch, capsys):
+    """Of two rounds, after one that warms up; nothing is compared where Pillow has no turn."""
+    rates = iter([9, 9, 300, 100, 200, 50, 9, 4, 6])
+
+    def sides(*names):
+        return lambda *_: {name: lambda: next(rates) for name in names}
+
+    monkeypatch.setattr(report, "RESULTS", tmp_path)
+    monkeypatch.setattr(data_loading, "make_jpegs", lambda folder, photographs, count: 1.5)
+    monkeypatch.setattr(data_loading, "make_large_jpegs", lambda folder, paths: 2.5)
+    monkeypatch.setattr(data_loading, "ImagePaths", lambda folder: None)
+    monkeypatch.setattr(data_loading, "sides_of_one_core", sides("ours", "pillow"))
+    monkeypatch.setattr(data_loading, "sides_of_workers", sides())
+    monkeypatch.setattr(data_loading, "sides_of_large_images", sides("--decode scaled"))
+    flags = ["--pairs", "2", "--device", "cpu"]
+    data_loading.main(data_loading.get_args_parser().parse_args(flags))
+    written = json.loads((tmp_path / "data_loading.json").read_text())
+    assert written["mean_kilobytes_of_a_large_jpeg"] == 2.5
+    printed = table.loading_table(written)
+    assert printed.splitlines()[2:5] == [
+        "| one core, ours | 250 | 3.50 (3.00 to 4.00) | 150528 |",
+        "| one core, Pillow and floats | 75 |  | 602112 |",
+        "| one core, 4000 x 2667, --decode scaled | 5 |  | 150528 |",
+    ]
+    assert printed in capsys.readouterr().out
+
+
+def test_every_side_of_the_loading_table_reads_its_images(tmp_path, monkeypatch):
+    monkeypatch.setattr(data_loading, "LARGE_IMAGES", 2)
+    monkeypatch.setattr(data_loading, "BATCH_SIZE", 2)
+    usual, large = tmp_path / "usual", tmp_path / "large"
+    data_loading.make_jpegs(usual, data_loading.PHOTOGRAPHS, 4)
+    data_loading.make_large_jpegs(large, ImagePaths(usual))
+    assert [Image.open(path).size for path in ImagePaths(large)] == [(4000, 2667)] * 2
+    counts = {}
+    monkeypatch.setattr(data_loading, "rate", lambda items: len(list(items)))
+    for name, sides_ in (
+        ("usual", data_loading.sides_of_one_core(usual)),
+        ("workers", data_loading.sides_of_workers(usual, 1, Process(0, 1, CPU))),
+        ("large", data_loading.sides_of_large_images(large)),
+    ):
+        counts[name] = [side() for side in sides_.values()]
+    assert counts == {"usual": [4] * 3, "workers": [4] * 2, "large": [2] * 5}
+
+
+def test_pillow_s_draft_mode_sees_the_region_of_its_pipeline(tmp_path):
+    path = tmp_path / "large.jpg"
+    photograph(2000, 1500).save(path, quality=95)
+    for seed in range(6):
+        samples = []
+        for crop in (None, data_loading.draft_crop):
+            torch.manual_seed(seed)
+            samples.append(data_loading.pillow_transform(crop)(Image.open(path)))
+        assert samples[0].shape == samples[1].shape == (3, 224, 224)
+        assert (samples[0] - samples[1]).abs().mean() < 0.02
 
 
 def test_the_busy_process_ends_with_its_turn():

@@ -104,6 +104,52 @@ def test_a_split_with_no_readable_image_is_the_users_error(tmp_path, user_error,
     assert message.startswith(f"{tmp_path}/{split} has no readable images")
 
 
+@pytest.mark.parametrize("broken", ["torn", "missing"])
+def test_a_held_out_image_that_cannot_be_read_is_the_users_error(tmp_path, user_error, broken):
+    """Of training images it is a warning."""
+    data_path(tmp_path, "ab", "ab")
+    fill(tmp_path, ["train/a/2.jpg", "val/a/2.jpg"], b"torn")
+    if broken == "missing":
+        for split in ("train", "val"):
+            (tmp_path / split / "a/2.jpg").unlink()
+            (tmp_path / split / "a/2.jpg").symlink_to("gone.jpg")
+    (images,) = image_files.find_labelled_images(tmp_path, 2, ["train"])
+    assert len(images) == (2 if broken == "missing" else 3)
+    message = user_error(lambda: image_files.find_labelled_images(tmp_path, 2))
+    if broken == "missing":
+        expected = f"{tmp_path}/val: a/2.jpg is unreadable (no such file)"
+    else:
+        expected = f"{tmp_path}/val/a/2.jpg is unreadable ("
+    assert message.startswith(expected)
+    assert message.endswith("): evaluation needs every image, repair it")
+
+
+@pytest.mark.parametrize(
+    ("train", "told"),
+    [
+        (["a"], "there is only one class (a): nothing can be learned"),
+        (["images/cat", "images/dog"], "the classes are images, not the folders below (cat, dog)"),
+        (["0/cat", "1/cat", "0/dog", "1/dog"], "the classes are 0, 1, not the folders below (cat"),
+        (["a/one", "b/two"], None),
+        (["a/one", "b/one"], None),
+        (["a/one", "a/two", "b/three", "b/four"], None),
+        (["a", "a/one", "a/two"], "only one class"),
+        (["a", "b", "a/one", "a/two", "b/one", "b/two"], None),
+        (["train/cat", "val/cat"], "it holds train and val: it may be what --data_path should"),
+        (["train", "car"], None),
+    ],
+    ids=str,
+)
+def test_classes_at_another_level_are_warned_of(tmp_path, capfd, train, told):
+    data_path(tmp_path, train, [])
+    image_files.find_labelled_images(tmp_path, 1000, ["train"])
+    *doubts, _ = capfd.readouterr().err.splitlines()
+    assert len(doubts) == (told is not None)
+    for doubt in doubts:
+        assert doubt.startswith(f"warning: {tmp_path}/train: ")
+        assert told in doubt
+
+
 MANY = [f"{number:02d}" for number in range(9)]
 
 
@@ -129,12 +175,50 @@ def test_splits_of_different_classes_are_the_users_error(tmp_path, user_error, t
 def test_classes_beyond_nb_classes_are_refused_and_fewer_warned_of(tmp_path, user_error, capfd):
     data_path(tmp_path, "abc", "abc")
     message = user_error(lambda: image_files.find_labelled_images(tmp_path, 2))
-    assert "--nb_classes 2 is below the 3 classes" in message
+    assert message == f"--nb_classes 2 is below the 3 classes in {tmp_path}/train (a, b, c)"
     image_files.find_labelled_images(tmp_path, 3)
     assert capfd.readouterr().err == ""
     image_files.find_labelled_images(tmp_path, 4)
     (line,) = capfd.readouterr().err.splitlines()
     assert line.startswith("warning: --nb_classes 4 is above the 3 classes")
+
+
+def test_a_part_of_the_classes_is_labelled_by_name(tmp_path, user_error, capfd):
+    """In the order of the classifier's own labels."""
+    data_path(tmp_path, "", "dbc")
+    fill(tmp_path, ["val/b/2.jpg"])
+
+    def find(classes):
+        return image_files.find_images_to_evaluate(tmp_path, 4, classes, "some.pth")
+
+    images = find(["z", "d", "c", "b"])
+    names = [path.removeprefix(f"{tmp_path}/val/") for path in images]
+    assert names == ["b/1.jpg", "b/2.jpg", "c/1.jpg", "d/1.jpg"]
+    assert images.labels.tolist() == [3, 3, 2, 1]
+    assert images.labels.dtype == torch.int64
+    assert images.labels.is_shared()
+    assert images.classes == ["z", "d", "c", "b"]
+    assert capfd.readouterr().err == (
+        f"warning: {tmp_path}/val has 3 of the 4 classes of some.pth: accuracy is over these "
+        "images\n"
+    )
+    assert find(["b", "c", "d"]).labels.tolist() == [0, 0, 1, 2]
+    assert capfd.readouterr().err == ""
+    message = user_error(lambda: find(["d", "z", "c"]))
+    assert message == f"the classes in {tmp_path}/val are not those of some.pth: they add b"
+
+
+def test_a_part_of_unknown_classes_is_the_users_error(tmp_path, user_error):
+    data_path(tmp_path, "", "ab")
+
+    def find(nb_classes):
+        return image_files.find_images_to_evaluate(tmp_path, nb_classes, None, "bare.pth")
+
+    assert find(2).labels.tolist() == [0, 1]
+    for nb_classes in (1, 3, 1000):
+        message = user_error(lambda number=nb_classes: find(number))
+        assert message.startswith(f"{tmp_path}/val has 2 classes (a, b), not {nb_classes} as ")
+        assert "bare.pth doesn't name its classes" in message
 
 
 # ---- labels of samples and batches

@@ -6,6 +6,8 @@ import json
 import signal
 import sys
 import time
+from types import SimpleNamespace
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -25,7 +27,7 @@ from PIL import Image
 import main_finetune
 import models_mae
 from engine_pretrain import evaluate
-from util import data, decoding, image_files, loading, training
+from util import data, decoding, image_files, loading, logs, training
 from util.checkpoint import load_checkpoint
 from util.distributed import Process
 from util.lr_sched import warmup_cosine_lr
@@ -209,7 +211,7 @@ def test_held_out_loss_is_the_mean_over_readable_images_under_fixed_masks(tmp_pa
 def test_bf16_is_the_default_where_the_cpu_computes_it(
     pretrain_flags, pretrain, monkeypatch, capsys, native
 ):
-    """The first line says which type it is."""
+    """The run's first line says which type it is."""
     monkeypatch.setattr("util.precision.cpu_computes_bf16", lambda: native)
     losses = {}
     for amp in ("auto", "off", "bf16"):
@@ -217,7 +219,7 @@ def test_bf16_is_the_default_where_the_cpu_computes_it(
         pretrain(pretrain_flags | {"amp": amp, "output_dir": out_dir})
         losses[amp] = [loss for _, loss, _ in final_state(out_dir)[2]]
         types = {"auto": "bfloat16" if native else "float32", "off": "float32", "bf16": "bfloat16"}
-        first_line = capsys.readouterr().out.splitlines()[0]
+        _, _, first_line, *_ = capsys.readouterr().out.splitlines()  # after what was found
         assert first_line.endswith(f"1 x cpu, computing in {types[amp]}")
     assert losses["auto"] == losses["bf16" if native else "off"]
     assert losses["bf16"] != losses["off"]
@@ -386,14 +388,31 @@ def test_unreadable_images_are_skipped_named_and_counted(tmp_path, pretrain_flag
     assert [json.loads(line)["unreadable_images"] for line in records] == [1, 1]
 
 
-def test_more_than_one_percent_unreadable_stops(tmp_path, pretrain_flags, pretrain, user_error):
-    folder = tmp_path / "too_many_broken"
-    write_images(folder, 120)
-    for name in ("017.png", "080.png"):
-        (folder / name).write_bytes(b"no image")
-    flags = pretrain_flags | {"data_path": folder, "batch_size": 60}
-    assert "2 of the 120 images of epoch 0 are unreadable" in user_error(lambda: pretrain(flags))
+@pytest.mark.parametrize("broken", [9, 10])
+def test_more_than_one_percent_and_ten_unreadable_stop(
+    tmp_path, pretrain_flags, pretrain, user_error, broken
+):
+    folder = tmp_path / "broken"
+    write_images(folder, 125)
+    for number in range(broken):
+        (folder / f"{17 + number:03d}.png").write_bytes(b"no image")
+    flags = pretrain_flags | {"data_path": folder, "batch_size": 125, "epochs": 1}
+    if broken < 10:
+        pretrain(flags)
+        return
+    message = user_error(lambda: pretrain(flags))
+    assert message.startswith("10 of the folder's 125 images are unreadable, at least 10 and more ")
     assert not list(pretrain_flags["output_dir"].glob("*.pth"))
+
+
+def test_ten_of_a_thousand_are_one_percent_and_eleven_are_more(user_error):
+    loader = mock.MagicMock(images_per_step=1000, dataset=range(1000))
+    state = SimpleNamespace(totals={}, epoch=0, step=0)
+    meter = logs.Meter(None, state, loader, log_every=1)
+    state.totals["bad"] = 10
+    meter._check_readable()
+    state.totals["bad"] = 11
+    assert user_error(meter._check_readable).startswith("11 of the folder's 1,000 images are ")
 
 
 def test_a_run_that_died_in_evaluation_keeps_its_curves(pretrain_flags, pretrain, monkeypatch):

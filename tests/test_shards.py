@@ -450,8 +450,9 @@ def test_a_killed_pack_continues_to_the_same_bytes(large_folder, tmp_path, shown
     process = subprocess.Popen(
         [sys.executable, ROOT / "main_data.py", "pack", *words], stdout=subprocess.PIPE, text=True
     )
+    shown = (line for line in process.stdout if line.endswith(" MB\n"))
     for _ in range(shown_lines):
-        process.stdout.readline()
+        next(shown)
     process.send_signal(signal.SIGKILL)
     process.communicate()
     killed = shard_bytes(output)

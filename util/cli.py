@@ -107,7 +107,10 @@ def number(
 
 
 def path(text: str) -> str:
-    """An argument type: a non-empty path; an unset shell variable would give an empty one."""
+    """An argument type: a non-empty path; an unset shell variable would give an empty one.
+
+    A shell expands `--data_path ~/images`, but not `--data_path=~/images`.
+    """
     if not text:
         raise argparse.ArgumentTypeError("is empty: give a path")
-    return text
+    return os.path.expanduser(text)

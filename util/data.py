@@ -3,16 +3,18 @@
 import functools
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 import PIL
 import torch
 import torch.nn.functional as F
 from PIL import Image
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, auto_augment, create_transform
+from timm.data.transforms import RandomResizedCropAndInterpolation
 from timm.layers import to_2tuple
 from torch import Tensor, nn
-from torchvision.transforms import InterpolationMode, v2
+from torchvision.transforms import InterpolationMode, RandomResizedCrop, v2
 
 from util.decoding import UnsuitableImage
 from util.errors import UserError
@@ -24,35 +26,85 @@ Size = int | tuple[int, int]
 Scale = tuple[float, float]
 
 
+class View(NamedTuple):
+    """A region of an image, and the size that it is resized to, all in pixels.
+
+    Attributes:
+        box: the region's top, left, height and width.
+        size: height and width of the resized region.
+        image_size: height and width of the whole image.
+    """
+
+    box: tuple[int, int, int, int]
+    size: tuple[int, int]
+    image_size: tuple[int, int]
+
+    def reduction(self) -> int:
+        """The largest divisor of the image's sides that leaves the region twice its size."""
+        _, _, height, width = self.box
+        ratio = min(height / self.size[0], width / self.size[1])
+        return next((divisor for divisor in (8, 4, 2) if ratio >= 2 * divisor), 1)
+
+
+class Transform(nn.Module):
+    """Draws a view of an image, resizes it (bicubic), and gives it to `then`."""
+
+    def __init__(self, then: nn.Module | None = None) -> None:
+        super().__init__()
+        self.then = then or nn.Identity()
+
+    def draw(self, height: int, width: int) -> View:
+        """A view of an image of this size."""
+        raise NotImplementedError
+
+    def resize(self, image: Tensor, view: View) -> Tensor:
+        """The view of an image that is not reduced."""
+        return resized_crop(image, *view.box, view.size)
+
+    def forward(self, image: Tensor, view: View | None = None) -> Tensor:
+        """Transform an image [C, H, W].
+
+        Args:
+            view: what `draw` gave before the image was read, which may then be an 8-bit RGB one
+                reduced by `view.reduction()`, its sides rounded up.
+        """
+        view = view or self.draw(*image.shape[-2:])
+        if image.shape[-2:] == view.image_size:
+            return self.then(self.resize(image, view))
+        reduced = [side / view.reduction() for side in view.box]
+        return self.then(resized_crop_by_pillow(image, reduced, view.size))
+
+
 def pretrain_transform(
     input_size: Size, crop_scale: Scale = (0.2, 1.0), flip: bool = True
-) -> nn.Module:
+) -> Transform:
     """Random resized crop (bicubic) and horizontal flip (paper, appendix A.1)."""
-    return _crop_and_flip(FastResizedCrop(to_2tuple(input_size), scale=crop_scale), flip)
+    return FastResizedCrop(to_2tuple(input_size), crop_scale, _random_flip(flip))
 
 
 def probe_transform(
     input_size: Size, crop_scale: Scale = (0.08, 1.0), flip: bool = True
-) -> nn.Module:
+) -> Transform:
     """The linear probe's random crop, resized (bicubic), and horizontal flip."""
-    return _crop_and_flip(CropDrawnOnce(to_2tuple(input_size), crop_scale), flip)
+    return CropDrawnOnce(to_2tuple(input_size), crop_scale, _random_flip(flip))
 
 
-def _crop_and_flip(crop: nn.Module, flip: bool) -> nn.Module:
-    return v2.Compose([crop, v2.RandomHorizontalFlip()]) if flip else crop
+def _random_flip(flip: bool) -> nn.Module | None:
+    return v2.RandomHorizontalFlip() if flip else None
 
 
-def eval_transform(input_size: Size) -> nn.Module:
+def eval_transform(input_size: Size) -> Transform:
     """Bicubic resize to 256 / 224 of the input size (up to 224 pixels), and a centre crop."""
-    crop = to_2tuple(input_size)
-    covered = tuple(side * 256 // 224 if max(crop) <= 224 else side for side in crop)
-    return v2.Compose([ResizeToCover(covered), v2.CenterCrop(crop)])
+    height, width = crop = to_2tuple(input_size)
+    if max(crop) <= 224:
+        height, width = height * 256 // 224, width * 256 // 224
+    return ResizeToCover((height, width), v2.CenterCrop(crop))
 
 
-def picture_transform(input_size: Size) -> nn.Module:
+def picture_transform(input_size: Size) -> Transform:
     """Bicubic resize and centre crop that show as much of the image as fits."""
     size = to_2tuple(input_size)
-    return v2.Compose([ResizeToCover(size), v2.CenterCrop(size)])
+    return ResizeToCover(size, v2.CenterCrop(size))
 
 
 def finetune_transform(
@@ -62,7 +114,7 @@ def finetune_transform(
     crop_scale: Scale = (0.08, 1.0),
     flip: bool = True,
     is_8_bit_rgb: bool = True,
-) -> nn.Module:
+) -> Transform:
     """timm's augmentation: random resized crop, flip, and a policy or colour jitter.
 
     Random erasing, which fills in normalised pixels, is done on batches. Images other than 8-bit
@@ -99,9 +151,10 @@ def finetune_transform(
         raise UserError(
             f"timm can't use --aa {aa} ({error}): take a policy such as rand-m9-mstd0.5-inc1"
         ) from error
-    as_8_bit_rgb = v2.Compose([v2.ToPILImage(), augmentation])
-    return AsTheImageIs(
-        as_8_bit_rgb,
+    crop, *further = augmentation.transforms
+    return TimmAugmentation(
+        crop,
+        v2.Compose([v2.ToPILImage(), *further]),
         None if aa or color_jitter else pretrain_transform(input_size, crop_scale, flip),
     )
 
@@ -132,82 +185,118 @@ def _let_posterize_reach_0_bits() -> None:
     )
 
 
-class AsTheImageIs(nn.Module):
-    """One transform for 8-bit RGB images, and another for all else, where there is one."""
+class TimmAugmentation(Transform):
+    """timm's crop, resized by Pillow, and augmentation; `other`, if any, where not 8-bit RGB."""
 
-    def __init__(self, as_8_bit_rgb: nn.Module, other: nn.Module | None) -> None:
-        super().__init__()
-        self.as_8_bit_rgb = as_8_bit_rgb
+    def __init__(
+        self, crop: RandomResizedCropAndInterpolation, then: nn.Module, other: nn.Module | None
+    ) -> None:
+        super().__init__(then)
+        self.crop = crop
         self.other = other
 
-    def forward(self, image: Tensor) -> Tensor:
+    def draw(self, height: int, width: int) -> View:
+        box = self.crop.get_params(_of_size(height, width), self.crop.scale, self.crop.ratio)
+        return View(box, self.crop.size, (height, width))
+
+    def resize(self, image: Tensor, view: View) -> Tensor:
+        return resized_crop_by_pillow(image, view.box, view.size)
+
+    def forward(self, image: Tensor, view: View | None = None) -> Tensor:
         if image.dtype == torch.uint8 and len(image) == 3:
-            return self.as_8_bit_rgb(image)
+            return super().forward(image, view)
         if self.other is None:
             raise UnsuitableImage("is no 8-bit RGB image, which --aa and --color_jitter are for")
         return self.other(image)
 
 
-class FastResizedCrop(v2.RandomResizedCrop):
+class FastResizedCrop(Transform):
     """torchvision's crop, with a resize (bicubic) that takes a fifth off the time of an image."""
 
-    def transform(self, image: Tensor, params: dict[str, int]) -> Tensor:
-        return resized_crop(image, **params, size=self.size)
+    def __init__(self, size: tuple[int, int], scale: Scale, then: nn.Module | None = None) -> None:
+        super().__init__(then)
+        self.size = size
+        self.scale = scale
+
+    def draw(self, height: int, width: int) -> View:
+        ratio = [3 / 4, 4 / 3]
+        box = RandomResizedCrop.get_params(_of_size(height, width), list(self.scale), ratio)
+        return View(box, self.size, (height, width))
 
 
-class CropDrawnOnce(nn.Module):
+def _of_size(height: int, width: int) -> Tensor:
+    """Stands for an image where only its size matters."""
+    return torch.empty(()).expand(height, width)
+
+
+class CropDrawnOnce(Transform):
     """A crop of a random area and aspect 3/4 to 4/3, clipped to the image, resized (bicubic).
 
     torchvision's RandomResizedCrop draws again, up to ten times, what doesn't fit into the image.
     """
 
-    def __init__(self, size: tuple[int, int], scale: Scale) -> None:
-        super().__init__()
+    def __init__(self, size: tuple[int, int], scale: Scale, then: nn.Module | None = None) -> None:
+        super().__init__(then)
         self.size = size
         self.scale = scale
 
-    def forward(self, image: Tensor) -> Tensor:
-        height, width = image.shape[-2:]
+    def draw(self, height: int, width: int) -> View:
         area = height * width * torch.empty(1).uniform_(*self.scale).item()
         aspect = math.exp(torch.empty(1).uniform_(math.log(3 / 4), math.log(4 / 3)).item())
         crop_h = min(height, max(1, round(math.sqrt(area / aspect))))
         crop_w = min(width, max(1, round(math.sqrt(area * aspect))))
-        top = torch.randint(height - crop_h + 1, (1,)).item()
-        left = torch.randint(width - crop_w + 1, (1,)).item()
-        return resized_crop(image, top, left, crop_h, crop_w, self.size)
+        top = int(torch.randint(height - crop_h + 1, (1,)).item())
+        left = int(torch.randint(width - crop_w + 1, (1,)).item())
+        return View((top, left, crop_h, crop_w), self.size, (height, width))
+
+
+class ResizeToCover(Transform):
+    """Bicubic resize, aspect ratio kept, to the smallest image that covers (height, width)."""
+
+    def __init__(self, size: tuple[int, int], then: nn.Module | None = None) -> None:
+        super().__init__(then)
+        self.size = size
+
+    def draw(self, height: int, width: int) -> View:
+        """All of the image."""
+        h, w = self.size
+        if h * width >= w * height:
+            w = max(w, h * width // height)
+        else:
+            h = max(h, w * height // width)
+        return View((0, 0, height, width), (h, w), (height, width))
+
+    def resize(self, image: Tensor, view: View) -> Tensor:
+        return _clip(v2.functional.resize(image, list(view.size), BICUBIC, antialias=True))
 
 
 def resized_crop(
     image: Tensor, top: int, left: int, height: int, width: int, size: Sequence[int]
 ) -> Tensor:
-    """A crop of an image [C, H, W], resized (bicubic) in the decoders' channels-last layout.
+    """A crop of an image [C, H, W], resized (bicubic) in the layout that the image has.
 
     The same bits as torchvision's function, without its checks and copies. Floats stay in [0, 1],
     as bicubic overshoots are clipped in uint8.
     """
     crop = image[None, :, top : top + height, left : left + width]
-    crop = crop.contiguous(memory_format=torch.channels_last)
-    return _clip(F.interpolate(crop, size, mode="bicubic", antialias=True)[0])
+    layout = torch.channels_last if image.stride(0) == 1 else torch.contiguous_format
+    crop = crop.contiguous(memory_format=layout)
+    return _clip(F.interpolate(crop, list(size), mode="bicubic", antialias=True)[0])
 
 
 def _clip(image: Tensor) -> Tensor:
     return image.clamp_(0, 1) if image.is_floating_point() else image
 
 
-class ResizeToCover(nn.Module):
-    """Bicubic resize, aspect ratio kept, to the smallest image that covers (height, width)."""
-
-    def __init__(self, size: tuple[int, ...]) -> None:
-        super().__init__()
-        self.size = size
-
-    def forward(self, image: Tensor) -> Tensor:
-        (height, width), (h, w) = self.size, image.shape[-2:]
-        if height * w >= width * h:
-            size = [height, max(width, height * w // h)]
-        else:
-            size = [max(height, width * h // w), width]
-        return _clip(v2.functional.resize(image, size, BICUBIC, antialias=True))
+def resized_crop_by_pillow(image: Tensor, box: Sequence[float], size: Sequence[int]) -> Tensor:
+    """A crop of an 8-bit RGB image, resized (bicubic); its edges may lie within pixels."""
+    top, left, height, width = box
+    y, x = int(top), int(left)
+    pixels = image[:, y : math.ceil(top + height), x : math.ceil(left + width)]
+    corners = (left - x, top - y, left - x + width, top - y + height)
+    cut = Image.fromarray(pixels.permute(1, 2, 0).numpy())
+    resized = np.array(cut.resize((size[1], size[0]), Image.Resampling.BICUBIC, corners))
+    return torch.from_numpy(resized).permute(2, 0, 1)
 
 
 def to_float(images: Tensor) -> Tensor:

@@ -8,7 +8,8 @@ import os
 import re
 import stat
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
@@ -46,11 +47,19 @@ def describe(source: str | Path | ImageSource, pixels: PixelFormat = RGB) -> Des
         return stored.description._replace(pages=stored.pages(), orientation=stored.orientation())
 
 
-def read_image(source: str | Path | ImageSource, pixels: PixelFormat = RGB) -> Tensor:
+def read_image(
+    source: str | Path | ImageSource,
+    pixels: PixelFormat = RGB,
+    reduction: Callable[[int, int], int] | None = None,
+) -> Tensor:
     """Decode an image; of several pages or frames, the first.
 
     An unsigned type's range, or `pixels.value_range`, becomes 0 to 1; grey becomes three equal
     bands for a model of three, which doesn't see an alpha band.
+
+    Args:
+        reduction: asked, with the height and width of a JPEG that is to be 8-bit RGB, by how much
+            to divide them, 1, 2, 4 or 8; they are rounded up. Other files are read in full.
 
     Returns:
         [pixels.in_chans, H, W]: uint8 where the file has at most 8 bits a sample and neither a
@@ -61,6 +70,12 @@ def read_image(source: str | Path | ImageSource, pixels: PixelFormat = RGB) -> T
         UnreadableImage: the file is missing, torn or no image, or claims too many pixels.
         UnsuitableImage: it needs other flags or a package.
     """
+    source = _as_source(source)
+    image = _read_reduced_jpeg(source, pixels, reduction) if reduction else None
+    if image is None:
+        image = _read_plain_jpeg(source, pixels)
+    if image is not None:
+        return image
     with _opened(source, pixels) as stored:
         if stored.full is None and pixels.value_range is None:
             raise UnsuitableImage(
@@ -71,17 +86,49 @@ def read_image(source: str | Path | ImageSource, pixels: PixelFormat = RGB) -> T
         return torch.from_numpy(np.require(samples, requirements=["C", "W"])).permute(2, 0, 1)
 
 
+def _read_reduced_jpeg(
+    source: ImageSource, pixels: PixelFormat, reduction: Callable[[int, int], int]
+) -> Tensor | None:
+    """A JPEG by libjpeg's reduced DCT; None leaves it, and every error, to reading in full."""
+    with contextlib.suppress(OSError, SyntaxError, ValueError), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # about metadata, repeated for each file
+        with _open_file(source) as file:
+            return formats.decode_reduced_rgb(file, pixels, reduction)
+    return None
+
+
+def _read_plain_jpeg(source: ImageSource, pixels: PixelFormat) -> Tensor | None:
+    """A JPEG as RGB, in hardly more time than its decoder takes; None leaves everything else, and
+    every error, to the general way."""
+    if pixels.in_chans != 3 or pixels.exif_orientation:
+        return None
+    if pixels.bands is not None or pixels.value_range is not None or pixels.nodata is not None:
+        return None
+    with contextlib.suppress(OSError, RuntimeError, ValueError):
+        content = source.content
+        if content is None:
+            with _open_file(source, buffering=0) as file:
+                if file.read(2) != b"\xff\xd8":
+                    return None
+                content = b"\xff\xd8" + file.read()
+        frame = formats.jpeg_frame(content)
+        if frame and frame[1] * frame[2] <= pixels.max_pixels:
+            return formats.decode_rgb(content)
+    return None
+
+
 def read_samples(source: str | Path | ImageSource, pixels: PixelFormat = RGB) -> np.ndarray:
-    """The bands that `read_image` takes, in the file's own units and type.
+    """An image's samples in the file's own units and type.
 
     Returns:
-        [H, W, pixels.in_chans]: neither scaled nor clipped; where 0 is white, inverted.
+        [H, W, bands]: `pixels.bands`, or all that are stored; neither scaled nor clipped; where 0
+        is white, inverted.
 
     Raises:
         UnreadableImage, UnsuitableImage: as `read_image`, but a type without a scale is read.
     """
     with _opened(source, pixels) as stored:
-        samples = _chosen_samples(stored, pixels)
+        samples = _chosen_samples(stored, replace(pixels, in_chans=stored.description.bands))
         return np.require(samples, samples.dtype.newbyteorder("="), ["C", "W"])
 
 
@@ -89,8 +136,7 @@ def read_samples(source: str | Path | ImageSource, pixels: PixelFormat = RGB) ->
 def _opened(source: str | Path | ImageSource, pixels: PixelFormat) -> Iterator[StoredImage]:
     """A file whose header is read. All errors until it is closed become `UnreadableImage`s that
     begin with its name."""
-    if not isinstance(source, ImageSource):
-        source = ImageSource(str(source), str(source))
+    source = _as_source(source)
     try:
         with warnings.catch_warnings(), _open_file(source) as file:
             warnings.simplefilter("ignore")  # about metadata, repeated for each file
@@ -101,14 +147,18 @@ def _opened(source: str | Path | ImageSource, pixels: PixelFormat) -> Iterator[S
         raise UnreadableImage(f"{printable(source.name)}: {_reason(error)}") from error
 
 
-def _open_file(source: ImageSource) -> BinaryIO:
+def _as_source(source: str | Path | ImageSource) -> ImageSource:
+    return source if isinstance(source, ImageSource) else ImageSource(str(source), str(source))
+
+
+def _open_file(source: ImageSource, buffering: int = -1) -> BinaryIO:
     if source.content is not None:
         return io.BytesIO(source.content)
     assert source.path is not None
     mode = os.stat(source.path).st_mode
     if not stat.S_ISREG(mode):
         raise ValueError("is a folder" if stat.S_ISDIR(mode) else "is no regular file")
-    return open(source.path, "rb")
+    return open(source.path, "rb", buffering)
 
 
 def _read_header(file: BinaryIO, source: ImageSource, pixels: PixelFormat) -> StoredImage:
@@ -117,9 +167,7 @@ def _read_header(file: BinaryIO, source: ImageSource, pixels: PixelFormat) -> St
     if not head:
         raise ValueError("is empty")
     stored = None
-    if head.startswith(b"\xff\xd8\xff"):
-        stored = formats.open_jpeg(file)
-    elif head.startswith(b"\x93NUMPY"):
+    if head.startswith(b"\x93NUMPY"):
         path = source.path if source.content is None else None
         stored = formats.open_npy(file, path, pixels.layout)
     elif head.startswith(tiff.MAGIC):
@@ -159,7 +207,7 @@ def _chosen_samples(stored: StoredImage, pixels: PixelFormat) -> np.ndarray:
         if pixels.nodata is not None:
             unusable &= ~_missing(samples, pixels.nodata)
         if np.isnan(samples[unusable]).any():
-            raise ValueError("holds NaN: add --nodata nan if that stands for no data")
+            raise UnsuitableImage("holds NaN: add --nodata nan if that stands for no data")
         if unusable.any():
             raise ValueError(
                 "holds infinite samples, which --nodata nan doesn't cover: replace them"
@@ -179,8 +227,10 @@ def _chosen_bands(description: Description, pixels: PixelFormat) -> list[int]:
     if count == pixels.in_chans:
         return list(range(count))
     colours = count - description.alpha
-    if pixels.in_chans == 3 and colours in (1, 3):
-        return [0, 0, 0] if colours == 1 else [0, 1, 2]
+    if pixels.in_chans == colours:
+        return list(range(colours))
+    if pixels.in_chans == 3 and colours == 1:
+        return [0, 0, 0]
     advice = f"add --in_chans {count}, or choose with --bands"
     if description.format == "NPY" and pixels.layout == "hwc" and description.height < count:
         advice += f", or add --layout chw if it is {description.height} bands"
@@ -231,7 +281,6 @@ def _reason(error: Exception) -> str:
     return f"is damaged ({text or type(error).__name__})"
 
 
-@functools.cache
 def image_suffixes() -> tuple[str, ...]:
     """The suffixes of files that can be read here, which depends on Pillow's libraries."""
     suffixes = (

@@ -1,5 +1,6 @@
 """Image files of each format but TIFF: what their headers declare, and their samples as stored."""
 
+import contextlib
 import functools
 import importlib.util
 import io
@@ -12,7 +13,10 @@ from typing import BinaryIO, NamedTuple
 import numpy as np
 import torch
 from PIL import Image, UnidentifiedImageError
+from torch import Tensor
 from torchvision.io import ImageReadMode, decode_image
+
+from util.pixels import PixelFormat
 
 Image.MAX_IMAGE_PIXELS = None  # one limit for all formats instead, PixelFormat.max_pixels
 
@@ -122,30 +126,15 @@ def open_npy(file: BinaryIO, path: str | None, layout: str) -> StoredImage:
     return StoredImage(description, full_scale(array.dtype.name, bits), lambda: array)
 
 
-def open_jpeg(file: BinaryIO) -> StoredImage | None:
-    """A JPEG, or None if its frame isn't found. Its segments are read here, as opening it with
-    Pillow would take 5% of decoding a small photograph."""
-    file.seek(2)
-    while len(segment := file.read(4)) == 4 and segment[0] == 0xFF:
-        if 0xC0 <= segment[1] <= 0xCF and segment[1] not in (0xC4, 0xC8, 0xCC):  # a frame
-            break
-        file.seek(int.from_bytes(segment[2:], "big") - 2, io.SEEK_CUR)
-    else:
-        return None
-    bits, height, width, bands = struct.unpack(">BHHB", file.read(6))
-    if bits != 8:
-        raise ValueError(f"is a JPEG of {bits} bits a sample: convert it to .tif or .png")
-
-    def by_pillow() -> Image.Image:
-        return Image.open(file, formats=("JPEG", "MPO"))
-
-    return StoredImage(
-        Description("JPEG", height, width, 1 if bands == 1 else 3),
-        255,
-        lambda: _read_rgb(file, by_pillow)[..., : 1 if bands == 1 else 3],
-        lambda: getattr(by_pillow(), "n_frames", 1),
-        lambda: _orientation(by_pillow()),
-    )
+def jpeg_frame(content: bytes) -> tuple[int, int, int, int] | None:
+    """Bits, height, width and bands in a JPEG's first frame header (T.81, B.2.2); None if none."""
+    position = 2 if content.startswith(b"\xff\xd8") else len(content)
+    while content[position : position + 1] == b"\xff" and position + 10 <= len(content):
+        marker = content[position + 1]
+        if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):
+            return struct.unpack_from(">BHHB", content, position + 4)
+        position += 2 + int.from_bytes(content[position + 2 : position + 4], "big")
+    return None
 
 
 def open_pnm(file: BinaryIO) -> StoredImage | None:
@@ -162,10 +151,12 @@ def open_pnm(file: BinaryIO) -> StoredImage | None:
 
     def read() -> np.ndarray:
         body = content[header.end() :]
-        if kind < 4:  # plain text
-            samples = np.array(re.sub(rb"#[^\n]*", b"", body).split(), np.int64).astype(dtype)
-            return samples[: np.prod(shape)].reshape(shape)
-        return np.frombuffer(body, dtype, np.prod(shape)).reshape(shape)
+        if kind > 3:
+            return np.frombuffer(body, dtype, np.prod(shape)).reshape(shape)
+        numbers = np.array(re.sub(rb"#[^\n]*", b"", body).split()[: np.prod(shape)], np.int64)
+        if len(numbers) < np.prod(shape) or numbers.min() < 0 or numbers.max() > full:
+            raise ValueError(f"is truncated, or holds other numbers than 0 to {full}")
+        return numbers.astype(dtype).reshape(shape)
 
     return StoredImage(Description("PPM", *shape, dtype.name, full.bit_length()), full, read)
 
@@ -219,6 +210,10 @@ def open_with_pillow(file: BinaryIO, head: bytes, hint: str | None) -> StoredIma
     try:
         image = Image.open(file, formats=_formats(heif=head[4:8] == b"ftyp"))
     except UnidentifiedImageError as error:
+        file.seek(0)
+        frame = jpeg_frame(file.read())
+        if frame and frame[0] != 8:
+            hint = f"is a JPEG of {frame[0]} bits a sample: convert it to .tif or .png"
         raise ValueError(hint or "is damaged, or no image of a known format") from error
     return _stored_by_pillow(image, file, head)
 
@@ -237,7 +232,10 @@ def _stored_by_pillow(image: Image.Image, file: BinaryIO, head: bytes = b"") -> 
         bits, dtype = 32, "float32"
     elif image.format in ("AVIF", "HEIF"):
         bits = _coded_bits(file)
-        lost = f"{bits} bits a sample, of which 8 are read" if bits > 8 else ""
+        if mode.startswith("I;16"):  # of grey HEIC, at the top of 16 bits
+            dtype = "uint16"
+        elif bits > 8:
+            lost = f"{bits} bits a sample, of which 8 are read"
     alpha = bands in (2, 4)
     description = Description(
         str(image.format), image.height, image.width, bands, dtype, bits, alpha=alpha, lost=lost
@@ -246,9 +244,12 @@ def _stored_by_pillow(image: Image.Image, file: BinaryIO, head: bytes = b"") -> 
     def read() -> np.ndarray:
         if image.format == "PNG" and bits == 16 and bands > 1:
             return _read_deep_png(image, file)
-        if image.format in ("JPEG", "WEBP") and bands != 4:
-            return _read_rgb(file, lambda: image)[..., :bands]
-        return pillow_samples(image, bits)
+        if image.format in ("JPEG", "MPO", "WEBP") and bands != 4:
+            file.seek(0)
+            with contextlib.suppress(RuntimeError):  # animations, and what Pillow may still read
+                return decode_rgb(file.read()).permute(1, 2, 0).numpy()[..., :bands]
+        samples = pillow_samples(image, bits)
+        return samples >> (16 - bits) if dtype == "uint16" else samples
 
     return StoredImage(
         description,
@@ -290,17 +291,29 @@ def pillow_samples(image: Image.Image, bits: int = 8) -> np.ndarray:
     return samples.reshape(*samples.shape[:2], -1)
 
 
-def _read_rgb(file: BinaryIO, by_pillow: Callable[[], Image.Image]) -> np.ndarray:
-    """A JPEG or WebP as uint8 [H, W, 3] by torchvision: faster than Pillow, equal to the bit."""
-    file.seek(0)
-    try:
-        return _decode(bytearray(file.read()), ImageReadMode.RGB)
-    except RuntimeError:  # an animation, or a damaged file
-        return pillow_samples(by_pillow())
+def decode_rgb(content: bytes, mode: ImageReadMode = ImageReadMode.RGB) -> Tensor:
+    """A JPEG or WebP as uint8 [3, H, W] by torchvision: faster than Pillow, equal to the bit."""
+    return decode_image(torch.frombuffer(bytearray(content), dtype=torch.uint8), mode)
 
 
-def _decode(encoded: bytearray, mode: ImageReadMode) -> np.ndarray:
-    return decode_image(torch.frombuffer(encoded, dtype=torch.uint8), mode).permute(1, 2, 0).numpy()
+def decode_reduced_rgb(
+    file: BinaryIO, pixels: PixelFormat, reduction: Callable[[int, int], int]
+) -> Tensor | None:
+    """A JPEG as uint8 [3, H, W], its sides divided as `decoding.read_image` says; None where they
+    stay as they are."""
+    image: Image.Image = Image.open(file, formats=("JPEG",))
+    width, height = image.size
+    orientation = _orientation(image) if pixels.exif_orientation else 1
+    if orientation > 1 and (width % 8 or height % 8):
+        return None  # a last row or column that is part of a pixel would become the first
+    if width * height > pixels.max_pixels:
+        return None
+    divisor = reduction(width, height) if orientation > 4 else reduction(height, width)
+    if divisor == 1:
+        return None
+    image.draft(image.mode, (width // divisor, height // divisor))
+    samples = turn(np.asarray(image.convert("RGB")), orientation)
+    return torch.from_numpy(np.require(samples, requirements=["C", "W"])).permute(2, 0, 1)
 
 
 def _read_deep_png(image: Image.Image, file: BinaryIO) -> np.ndarray:
@@ -322,23 +335,17 @@ def _read_deep_png(image: Image.Image, file: BinaryIO) -> np.ndarray:
     clean = bytearray(content[:33])  # the signature and IHDR
     for chunk in (b"IDAT" + zlib.compress(rows, 1), b"IEND"):
         clean += struct.pack(">I", len(chunk) - 4) + chunk + struct.pack(">I", zlib.crc32(chunk))
-    return _decode(clean, ImageReadMode.UNCHANGED)
+    return decode_rgb(bytes(clean), ImageReadMode.UNCHANGED).permute(1, 2, 0).numpy()
 
 
 def _coded_bits(file: BinaryIO) -> int:
     """Bits a sample of an AVIF or HEIC file, by the boxes that configure its decoder."""
     file.seek(0)
     content = file.read()
-    av1 = [
-        8 + (byte >> 6 & 1) * (2 + 2 * (byte >> 5 & 1)) for byte in _bytes_of(content, b"av1C", 2)
-    ]
-    hevc = [8 + byte % 8 for byte in _bytes_of(content, b"hvcC", 17)]
-    return max([8, *av1, *hevc])
-
-
-def _bytes_of(content: bytes, box: bytes, offset: int) -> list[int]:
-    """The byte at an offset of each box with a name."""
-    return [found[1][0] for found in re.finditer(box + b".{%d}(.)" % offset, content, re.DOTALL)]
+    av1 = re.findall(rb"av1C..(.)", content, re.DOTALL)
+    hevc = re.findall(rb"hvcC.{17}(.)", content, re.DOTALL)
+    bits = [{0x40: 10, 0x60: 12}.get(byte[0] & 0x60, 8) for byte in av1]
+    return max([8, *bits, *(8 + byte[0] % 8 for byte in hevc)])
 
 
 def _orientation(image: Image.Image) -> int:

@@ -1,46 +1,62 @@
-"""Image files: finding them below a folder."""
+"""Image files: finding them below a folder, or by a list of their paths."""
 
 import os
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-import numpy as np
 import torch
 
-from util.decoding import ImageSource, UnreadableImage, read_image
+from util.decoding import ImageSource, image_suffixes
 from util.errors import UserError, warn
+from util.pixels import RGB, PixelFormat
+from util.searching import read_list, search_folder
+from util.survey import count, first_names, passed_over, survey
 
-IMAGE_SUFFIXES = ".jpg .jpeg .jpe .jfif .png .webp .gif .bmp .tif .tiff .ppm .pgm .pbm .pnm".split()
+HELD_OUT = ("val", "test")
 
 
 class ImagePaths:
-    """The sorted paths of all images below a folder, in two tensors that processes share.
+    """The paths of all images below a folder, sorted, or of a list, in its order.
 
-    Each worker would end up with its own copy of a list of strings, as Python writes to their
-    reference counts. These tensors stay shared, however a worker was started.
+    They are in two tensors that processes share. Each worker would end up with its own copy of a
+    list of strings, as Python writes to their reference counts. These tensors stay shared, however
+    a worker was started.
 
     Attributes:
+        root: the folder that the names are relative to.
+        origin: the folder or the list, as messages call it.
         classes: sorted names of the folders in `root` with images in or below them; "" stands for
-            `root` itself.
+            `root` itself. In a list, the names of the folders that hold the images.
         labels: int64 tensor [number of images], the index of each image's class.
         fingerprint: a checksum of the names.
+        found: what else was there.
 
     Raises:
-        UserError: the folder is missing, not a folder or without images.
+        UserError: the folder or list is missing, neither of both or without images.
     """
 
-    def __init__(self, root: str | Path) -> None:
-        root = Path(root)
-        if not root.is_dir():
-            kind = "is a file, not a folder" if root.exists() else "does not exist"
-            raise UserError(f"{root} {kind}: give a folder of images")
-        self.root = os.fsencode(root)
-        names = sorted(_image_names(self.root))
+    def __init__(self, root: str | Path, leave_out: Sequence[str] = ()) -> None:
+        """Search a folder, but for the folders in it that `leave_out` names; or read a list."""
+        place = Path(root)
+        self.origin = str(place)
+        if os.path.isdir(place):
+            self.root = os.fsencode(place)
+            names, self.found = search_folder(self.root, leave_out)
+            folders = [name.partition(b"/")[0] if b"/" in name else b"" for name in names]
+        elif os.path.isfile(place):
+            self.root = os.fsencode(place.parent)
+            names, self.found = read_list(place)
+            folders = _holding_folders(self.root, names)
+        else:
+            raise UserError(f"{_absence(place)}: give a folder of images, or a list of their paths")
         if not names:
-            raise UserError(f"{root} has no images ({' '.join(IMAGE_SUFFIXES)}) in it or below")
+            suffixes = " ".join(image_suffixes())
+            also = passed_over(self.found)
+            raise UserError(
+                f"{root} has no images ({suffixes}) in it or below{also and f'; {also}'}"
+            )
         self.fingerprint = zlib.crc32(b"\0".join(names))
-        folders = [name.partition(b"/")[0] if b"/" in name else b"" for name in names]
         number = {folder: index for index, folder in enumerate(sorted(set(folders)))}
         self.classes = [os.fsdecode(folder) for folder in number]
         self.labels = torch.tensor([number[folder] for folder in folders]).share_memory_()
@@ -61,75 +77,167 @@ class ImagePaths:
         path = self[index]
         return ImageSource(path, path)
 
+    def relabel(self, classes: Sequence[str], source: object) -> None:
+        """Let `classes`, those of `source`, be the classes: labels become their indices.
 
-def _image_names(root: bytes) -> Iterator[bytes]:
-    """Paths of the image files below `root`, relative to it; hidden ones are passed over."""
-    suffixes = tuple(suffix.encode() for suffix in IMAGE_SUFFIXES)
-    walked: set[bytes] = set()
-    for folder, subfolders, files in os.walk(root, followlinks=True):
-        real_folder = os.path.realpath(folder)
-        if real_folder in walked:  # links may lead in circles
-            subfolders.clear()
-            continue
-        walked.add(real_folder)
-        subfolders[:] = sorted(name for name in subfolders if not name.startswith(b"."))
-        below_root = os.path.relpath(folder, root)
-        for name in files:
-            if name.lower().endswith(suffixes) and not name.startswith(b"."):
-                yield name if below_root == b"." else os.path.join(below_root, name)
+        Raises:
+            UserError: an image's class is not among them.
+        """
+        check_classes(self, classes, source, some=True)
+        if len(self.classes) < len(classes):
+            warn(
+                f"{self.origin} has {len(self.classes)} of the {len(classes)} classes of {source}: "
+                "accuracy is over these images"
+            )
+        index = torch.tensor([list(classes).index(name) for name in self.classes])
+        self.labels = index[self.labels].share_memory_()
+        self.classes = list(classes)
 
 
-def find_images(data_path: str, split: str) -> ImagePaths | None:
-    """The images in data_path/`split`, or None if there is no such folder.
+def _holding_folders(root: bytes, names: list[bytes]) -> list[bytes]:
+    """For each file, the name of the folder that holds it."""
+    folders = [name.rpartition(b"/")[0] for name in names]
+    base = {f: os.path.basename(os.path.abspath(os.path.join(root, f))) for f in set(folders)}
+    return [base[folder] for folder in folders]
 
-    data_path itself stands in for a missing folder "train": pre-training needs no labels.
+
+def _absence(path: Path) -> str:
+    """That it does not exist, and which folder above it does, unless it is the next one."""
+    parents = [parent for parent in path.absolute().parents if os.path.isdir(parent)]
+    nearest = "" if parents[0] == path.absolute().parent else f" (of it there is only {parents[0]})"
+    return f"{path} does not exist{nearest}"
+
+
+def _find(data_path: str | Path, split: str) -> Path | None:
+    """The folder or the list of a split, if there is one."""
+    folder, names = Path(data_path) / split, Path(data_path) / f"{split}.txt"
+    if not os.path.isdir(folder):
+        return names if os.path.isfile(names) else None
+    if os.path.isfile(names):
+        warn(f"{names} is passed over, as there is a folder {folder}")
+    return folder
+
+
+def find_images(
+    data_path: str | Path, split: str, pixels: PixelFormat = RGB, *, as_stored: bool = False
+) -> ImagePaths | None:
+    """The images in data_path/`split` or in the list data_path/`split`.txt, or None without these.
+
+    In place of a missing "train" stands data_path itself, a folder, without its `HELD_OUT` ones, or
+    a list: pre-training needs no labels. What is found is said, see `survey.survey`.
+
+    Args:
+        as_stored: whether files are only to be measured, and need no flags for a model.
 
     Raises:
-        UserError: there are no images, or none of a sample of them is readable.
+        UserError: there are no images, none of a sample of them is readable, or one needs other
+            flags.
     """
-    folder = Path(data_path) / split
-    if not folder.is_dir():
-        if split != "train":
-            return None
-        folder = Path(data_path)
-    paths = ImagePaths(folder)
-    _check_readable(paths, folder)
-    return paths
+    place = _find(data_path, split)
+    leave_out: tuple[str, ...] = ()
+    if place is None and split != "train":
+        return None
+    if place is None:
+        place, leave_out = Path(data_path), HELD_OUT
+        for name in HELD_OUT:
+            if os.path.isfile(place / f"{name}.txt"):
+                raise UserError(
+                    f"{place / name}.txt lists images that are held out: list those to train on in "
+                    f"{place / 'train.txt'}, or keep them in {place / 'train'}"
+                )
+    images = ImagePaths(place, leave_out)
+    survey(images, pixels, held_out=split != "train", as_stored=as_stored)
+    return images
 
 
 def find_labelled_images(
-    data_path: str, nb_classes: int, splits: Sequence[str] = ("train", "val")
+    data_path: str | Path,
+    nb_classes: int,
+    splits: Sequence[str] = ("train", "val"),
+    pixels: PixelFormat = RGB,
 ) -> list[ImagePaths]:
-    """The images in data_path/SPLIT/CLASS, for each of `splits`.
+    """The images of each split, in data_path/SPLIT/CLASS or in the list data_path/SPLIT.txt.
+
+    What is found is said, see `survey.survey`.
 
     Raises:
-        UserError: a folder is missing or has images outside of its classes; none of a sample of
-            them is readable; the splits' classes differ, or are more than `nb_classes`.
+        UserError: a split is missing or has images outside of its classes; none of a sample of
+            them is readable, or one of a held-out sample is not; the splits' classes differ, or are
+            more than `nb_classes`.
     """
     found: list[ImagePaths] = []
     for split in splits:
-        folder = Path(data_path) / split
-        if not folder.is_dir():
-            raise UserError(f"{folder} does not exist: classes are folders of images in it")
-        paths = ImagePaths(folder)
-        if "" in paths.classes:
-            stray = paths[paths.labels.tolist().index(0)]
-            raise UserError(f"{stray} is in no class: {folder} must hold a folder for each class")
+        images = _find_labelled(data_path, split, pixels)
         if found:
-            check_classes(paths, found[0].classes, Path(data_path) / splits[0])
-        _check_readable(paths, folder)
-        found.append(paths)
-    count = len(found[0].classes)
-    if count > nb_classes:
-        raise UserError(f"--nb_classes {nb_classes} is below the {count} classes in {folder}")
-    if count < nb_classes:
-        warn(f"--nb_classes {nb_classes} is above the {count} classes in {folder}")
+            check_classes(images, found[0].classes, found[0].origin)
+        found.append(images)
+    number, classes = len(found[0].classes), found[0].classes
+    where = f"the {count(number, 'class', 'classes')} in {found[0].origin} ({first_names(classes)})"
+    if number > nb_classes:
+        raise UserError(f"--nb_classes {nb_classes} is below {where}")
+    if number < nb_classes:
+        warn(f"--nb_classes {nb_classes} is above {where}")
     return found
 
 
-def check_classes(paths: ImagePaths, classes: Iterable[str], source: object) -> None:
-    """Refuse, with a UserError, images whose classes are not the `classes` of `source`."""
-    found, expected = set(paths.classes), set(classes)
+def find_images_to_evaluate(
+    data_path: str | Path,
+    nb_classes: int,
+    classes: Sequence[str] | None,
+    source: object,
+    split: str = "val",
+    pixels: PixelFormat = RGB,
+) -> ImagePaths:
+    """A split's images for the classifier in the file `source`, under its labels.
+
+    Args:
+        data_path, nb_classes, pixels: as of `find_labelled_images`.
+        classes: names of the classifier's classes in the order of its labels; the split may have
+            images of some of them only. None where they are unknown.
+        source: what messages call the classifier.
+        split: which images.
+
+    Raises:
+        UserError: as `find_labelled_images`; a class is not among `classes`; these are unknown and
+            the split's are not `nb_classes`.
+    """
+    images = _find_labelled(data_path, split, pixels)
+    if classes is not None:
+        images.relabel(classes, source)
+    elif len(images.classes) != nb_classes:
+        number = count(len(images.classes), "class", "classes")
+        raise UserError(
+            f"{images.origin} has {number} ({first_names(images.classes)}), not {nb_classes} as "
+            f"--nb_classes says: {source} doesn't name its classes, so which of them these are "
+            "is unknown; evaluate on images of all of them"
+        )
+    return images
+
+
+def _find_labelled(data_path: str | Path, split: str, pixels: PixelFormat) -> ImagePaths:
+    if os.path.isfile(data_path):
+        raise UserError(
+            f"{data_path} is a file: a classifier takes a folder that holds train and val, folders "
+            "of a folder for each class, or the lists train.txt and val.txt"
+        )
+    place = _find(data_path, split)
+    if place is None:
+        raise UserError(f"{_absence(Path(data_path) / split)}: classes are folders of images in it")
+    images = ImagePaths(place)
+    if "" in images.classes:
+        stray = images[images.labels.tolist().index(0)]
+        raise UserError(f"{stray} is in no class: {place} must hold a folder for each class")
+    survey(images, pixels, labelled=True, held_out=split != "train")
+    return images
+
+
+def check_classes(
+    images: ImagePaths, classes: Iterable[str], source: object, some: bool = False
+) -> None:
+    """Refuse, with a UserError, images whose classes are not all or `some` of those of `source`."""
+    found, expected = set(images.classes), set(classes)
+    if some:
+        expected &= found
     differences = [
         f"{verb} {', '.join(names[:5])}{f' and {len(names) - 5} more' if len(names) > 5 else ''}"
         for verb, names in (("lack", sorted(expected - found)), ("add", sorted(found - expected)))
@@ -137,20 +245,6 @@ def check_classes(paths: ImagePaths, classes: Iterable[str], source: object) -> 
     ]
     if differences:
         raise UserError(
-            f"the classes in {os.fsdecode(paths.root)} are not those of {source}: they "
+            f"the classes in {images.origin} are not those of {source}: they "
             f"{' and '.join(differences)}"
         )
-
-
-def _check_readable(paths: ImagePaths, folder: Path) -> None:
-    """Refuse, with a UserError, a folder if no image of a sample is readable."""
-    probes = np.unique(np.linspace(0, len(paths) - 1, 32).astype(int))
-    for index in probes.tolist():
-        try:
-            read_image(paths[index])
-            return
-        except UnreadableImage:
-            continue
-    raise UserError(
-        f"{folder} has no readable images: each of {len(probes)} tried, such as {paths[0]}, failed"
-    )

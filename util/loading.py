@@ -9,7 +9,7 @@ import shutil
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 
 from util import data
-from util.decoding import UnreadableImage, read_image
+from util.decoding import ImageSource, UnreadableImage, read_image
 from util.distributed import Process
-from util.errors import UserError, say
+from util.errors import UserError, say, warn
 from util.image_files import ImagePaths
 from util.pixels import RGB, PixelFormat
 from util.seeding import derive_seed, seed_generators
@@ -42,20 +42,22 @@ class ImageDataset(torch.utils.data.Dataset):
 
     `dataset[epoch, index]` is (image [bands, height, width] as `read_image` gives it, label, index,
     why the image is unreadable, or ""); an unreadable one is replaced, with its label, by one that
-    the seed chooses.
+    the seed chooses. `decode` is "full", or "scaled" to decode large JPEGs at a reduced size.
     """
 
     def __init__(
         self,
         paths: ImagePaths,
-        transform: Callable[[Tensor], Tensor],
+        transform: data.Transform,
         seed: int,
         pixels: PixelFormat = RGB,
+        decode: str = "full",
     ) -> None:
         self.paths = paths
         self.transform = transform
         self.seed = seed
         self.pixels = pixels
+        self.reduces = decode == "scaled" and pixels.is_8_bit_rgb and pixels.bands is None
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -67,7 +69,7 @@ class ImageDataset(torch.utils.data.Dataset):
         source = index
         for _ in range(10):
             try:
-                image = self.transform(read_image(self.paths.source(source), self.pixels))
+                image = self._read_and_transform(self.paths.source(source))
                 break
             except UnreadableImage as error:
                 reason, name = str(error), self.paths[source]
@@ -76,6 +78,19 @@ class ImageDataset(torch.utils.data.Dataset):
         else:  # ten unreadable in a row: so many that the run will stop at the next log line
             image = self.transform(torch.zeros(self.pixels.in_chans, 1, 1, dtype=torch.uint8))
         return image, self.paths.labels[source], index, problem
+
+    def _read_and_transform(self, source: ImageSource) -> Tensor:
+        if not self.reduces:
+            return self.transform(read_image(source, self.pixels))
+        view = None
+
+        def reduction(height: int, width: int) -> int:
+            nonlocal view
+            view = self.transform.draw(height, width)
+            return view.reduction()
+
+        image = read_image(source, self.pixels, reduction)
+        return self.transform(image, view)
 
 
 def collate(samples: list[tuple[Tensor, Tensor, int, str]]) -> tuple[Tensor, Tensor, Tensor, list]:
@@ -225,7 +240,7 @@ class ImageLoader:
 
 def train_loader(
     paths: ImagePaths,
-    transform: Callable[[Tensor], Tensor],
+    transform: data.Transform,
     process: Process,
     *,
     batch_size: int,
@@ -234,6 +249,7 @@ def train_loader(
     num_workers: int,
     pin_mem: bool,
     pixels: PixelFormat = RGB,
+    decode: str = "full",
 ) -> ImageLoader:
     """One process's shuffled, augmented batches of `batch_size` images.
 
@@ -247,7 +263,9 @@ def train_loader(
             f"batch of {effective_batch} (batch_size x accum_iter x processes): lower --batch_size"
         )
     batches = ShuffledBatches(len(paths), batch_size, process, seed)
-    dataset = ImageDataset(paths, transform, seed, pixels)
+    dataset = ImageDataset(paths, transform, seed, pixels, decode)
+    if decode == "scaled" and not dataset.reduces:
+        warn("--decode scaled is for the three bands of 8-bit RGB: these images are read in full")
     return ImageLoader(dataset, batches, process, num_workers=num_workers, pin_mem=pin_mem)
 
 
@@ -261,10 +279,11 @@ def eval_loader(
     num_workers: int,
     pin_mem: bool,
     pixels: PixelFormat = RGB,
+    decode: str = "full",
 ) -> ImageLoader:
     """Every image once over all processes, in order, resized and cropped at the centre."""
     return ImageLoader(
-        ImageDataset(paths, data.eval_transform(input_size), seed, pixels),
+        ImageDataset(paths, data.eval_transform(input_size), seed, pixels, decode),
         OrderedBatches(len(paths), batch_size, process),
         process,
         num_workers=num_workers,

@@ -23,6 +23,8 @@ from util.errors import UserError, say, warn
 from util.loading import MAX_UNREADABLE_SHARE, Batch, ImageLoader
 from util.training import TrainingState
 
+MIN_UNREADABLE = 10  # fewer unreadable images never end a run, whatever their share
+
 
 class RunLog:
     """The outputs of a whole run, written by rank 0; a context that closes them.
@@ -131,6 +133,7 @@ class Meter:
         self.totals = state.totals
         self.epoch = state.epoch
         self.steps = len(loader)
+        self.loader = loader
         self.images_per_step = loader.images_per_step
         self.log_every = log_every
         for name in ("steps", "images", "loss", "lr", "seconds", "waited", "bad"):
@@ -214,12 +217,15 @@ class Meter:
                     )
 
     def _check_readable(self) -> None:
-        images = self.steps * self.images_per_step
-        if self.totals["bad"] > MAX_UNREADABLE_SHARE * images:
+        bad = self.totals["bad"]
+        if bad < MIN_UNREADABLE:
+            return
+        images = len(self.loader.dataset)
+        if bad > MAX_UNREADABLE_SHARE * images:
             raise UserError(
-                f"{self.totals['bad']} of the {images} images of epoch {self.epoch} are "
-                f"unreadable, more than {MAX_UNREADABLE_SHARE:.0%}: repair or remove the files "
-                "warned about"
+                f"{bad} of the folder's {images:,} images are unreadable, at least "
+                f"{MIN_UNREADABLE} and more than {MAX_UNREADABLE_SHARE:.0%}: repair or remove the "
+                "files warned about"
             )
 
     def _show(self, log: RunLog, loss: float, images_per_s: float, waited_share: float) -> None:

@@ -5,6 +5,7 @@ import functools
 import importlib.util
 import io
 import json
+import math
 import os
 import sys
 import tarfile
@@ -23,10 +24,9 @@ from util.decoding import ImageSource, UnreadableImage, UnsuitableImage
 from util.errors import UserError, say, warn
 from util.image_files import ImagePaths
 from util.loading import MAX_UNREADABLE_SHARE
+from util.logs import MIN_UNREADABLE
 from util.pixels import MAX_PIXELS, PixelFormat
 from util.shards import CLASSES, PACK
-
-MIN_UNREADABLE = 10  # fewer files never make packing fail
 
 
 @dataclass(frozen=True)
@@ -45,6 +45,11 @@ class Packing:
     pages: str = "first"
     layout: str = "hwc"
     max_pixels: int = MAX_PIXELS
+
+    @property
+    def pixels(self) -> PixelFormat:
+        """How files are read; samples that stand for no data are none of its business."""
+        return PixelFormat(nodata=math.nan, layout=self.layout, max_pixels=self.max_pixels)
 
 
 class Sample(NamedTuple):
@@ -191,7 +196,7 @@ def _pack_split(
             say(f"{path}: {count} images, {tar.offset / 1e6:.1f} MB", sys.stdout)
     bar.close()
     if not done:
-        raise UserError(f"{os.fsdecode(images.root)} has no readable images")
+        raise UserError(f"{images.origin} has no readable images")
 
 
 def _sum_up(splits: dict[str, ImagePaths], output: Path, shards: list[dict[str, Any]]) -> None:
@@ -259,19 +264,9 @@ def _list_items(images: ImagePaths, packing: Packing, num_workers: int) -> np.nd
     return np.column_stack([np.repeat(indices, counts), page])
 
 
-def _pixels(packing: Packing, bands: int = 3) -> PixelFormat:
-    """How to read all bands of a file."""
-    return PixelFormat(
-        in_chans=bands,
-        bands=tuple(range(bands)),
-        layout=packing.layout,
-        max_pixels=packing.max_pixels,
-    )
-
-
 def _count_pages(images: ImagePaths, packing: Packing, index: int) -> int:
     try:
-        return decoding.describe(images.source(index), _pixels(packing)).pages
+        return decoding.describe(images.source(index), packing.pixels).pages
     except UnreadableImage:
         return 1  # which is going to be named
 
@@ -281,7 +276,7 @@ def _read(images: ImagePaths, packing: Packing, index: int, page: int) -> Sample
     try:
         source = images.source(index)
         if page >= 0:
-            source = pages.read_page(source, page, _pixels(packing))
+            source = pages.read_page(source, page, packing.pixels)
         return _sample(source, packing, is_page=page >= 0)
     except UnreadableImage as error:
         return Sample(problem=str(error))
@@ -290,15 +285,15 @@ def _read(images: ImagePaths, packing: Packing, index: int, page: int) -> Sample
 
 
 def _sample(source: ImageSource, packing: Packing, is_page: bool) -> Sample:
-    stored = decoding.describe(source, _pixels(packing))
+    stored = decoding.describe(source, packing.pixels)
     too_large = max(stored.height, stored.width) > (packing.max_side or np.inf)
-    pixels = _pixels(packing, stored.bands)
     mode = {(1, False): "L", (2, True): "LA", (3, False): "RGB", (4, True): "RGBA"}.get(
         (stored.bands, stored.alpha)
     )
     if mode and stored.bits <= 8 and stored.dtype == "uint8" and stored.format != "NPY":
         is_jpeg = stored.format in ("JPEG", "MPO")
         if too_large or (is_page and stored.format == "TIFF"):
+            pixels = replace(packing.pixels, in_chans=stored.bands, nodata=None)
             bands = [Image.fromarray(b) for b in decoding.read_image(source, pixels).numpy()]
             if too_large:
                 assert packing.max_side
@@ -311,8 +306,8 @@ def _sample(source: ImageSource, packing: Packing, is_page: bool) -> Sample:
                 "jpg" if is_jpeg else "png", pages.encode(image, stored.orientation, is_jpeg)
             )
     if not is_page:
-        with contextlib.suppress(UnsuitableImage):  # it is whole; a package to read it is missing
-            decoding.read_samples(source, replace(pixels, nodata=np.nan))
+        with contextlib.suppress(UnsuitableImage):  # it is whole, and needs a package
+            decoding.read_samples(source, packing.pixels)
     content = source.content
     if content is None:
         content = Path(source.path or "").read_bytes()

@@ -19,9 +19,9 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from util.decoding import ImageSource, UnreadableImage
+from util.decoding import ImageSource, UnreadableImage, image_suffixes
 from util.errors import UserError, say, warn
-from util.image_files import IMAGE_SUFFIXES
+from util.searching import SYSTEM_NAMES, Found
 
 COMPRESSED = "is compressed, which can't be read at random: decompress it (gunzip, unxz, unzstd)"
 CLASSES = "classes.txt"  # the names of the classes 0, 1, ..., a line each
@@ -42,7 +42,9 @@ class ShardImages:
             for images without a class.
         labels: int64 tensor [number of images], the index of each image's class.
         fingerprint: a checksum of the names, that of the folder from which shards were packed.
-        counts, passed_over: how many images and other members there are, by suffix.
+        counts, passed_over: how many images and other members there are, by suffix; those with
+            hidden names under "hidden".
+        found: the same, for the survey.
 
     Raises:
         UserError: a shard is torn, compressed or can't be read; it holds links or sparse files, two
@@ -57,18 +59,21 @@ class ShardImages:
         except OSError as error:
             raise UserError(f"{error.filename} can't be read: {error.strerror}") from error
         self._shards = [(path, *state) for path, state in zip(shards, states, strict=True)]
-        basis = [1, list(IMAGE_SUFFIXES), [[os.path.basename(p), *s] for p, *s in self._shards]]
+        basis = [1, list(image_suffixes()), [[os.path.basename(p), *s] for p, *s in self._shards]]
         file = Path(folder) / f".{split}.index.npz"
         index = _load(file, basis) or _build(shards)
         if "basis" not in index:
             _save(file, index | {"basis": basis})
-        self.counts, self.passed_over = index["counts"], index["passed_over"]
+        self.counts, self.passed_over = dict(index["counts"]), dict(index["passed_over"])
+        others = Counter(self.passed_over)
+        hidden = others.pop("hidden", 0)
+        self.found = Found(images=Counter(self.counts), others=others, hidden_files=hidden)
         self.fingerprint = index["fingerprint"]
         self._places, self._ends, self._names = (
             torch.from_numpy(index[name]).share_memory_() for name in ("places", "ends", "names")
         )
         if not len(self):
-            raise UserError(f"{self.origin} hold no images ({' '.join(IMAGE_SUFFIXES)})")
+            raise UserError(f"{self.origin} hold no images ({' '.join(image_suffixes())})")
         self.classes, labels = _name_classes(Path(folder), index["classes"], index["labels"])
         self.labels = torch.from_numpy(labels).share_memory_()
         unlabelled = np.flatnonzero(index["labels"] < 0)
@@ -214,16 +219,17 @@ def _read_shard(
         stem, _, extension = base.partition(".")
         key, extension = f"{folder}{slash}{stem}", extension.lower()
         suffix = os.path.splitext(base)[1].lower()
-        if any(part.startswith(".") or part == "__MACOSX" for part in path.split("/")):
+        parts = os.fsencode(path.lower()).split(b"/")
+        if any(part.startswith(b".") or part in SYSTEM_NAMES for part in parts):
             passed_over["hidden"] += 1
-        elif extension not in ("cls", "json") and suffix not in IMAGE_SUFFIXES:
+        elif extension not in ("cls", "json") and suffix not in image_suffixes():
             passed_over[suffix] += 1
         elif not member.isreg() or member.issparse():
             raise UserError(
                 f"{shard}: {path} is a link or a sparse file: write the shard by tar with "
                 "--dereference --hard-dereference, without --sparse"
             )
-        elif suffix in IMAGE_SUFFIXES:
+        elif suffix in image_suffixes():
             images.setdefault(key, []).append((member.offset_data, member.size, path, extension))
         else:
             content = os.pread(descriptor, min(member.size, 1 << 20), member.offset_data)

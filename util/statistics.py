@@ -1,10 +1,11 @@
 """Statistics of a folder's images, band by band, and the flags that a training needs for them."""
 
+import copy
 import math
 import signal
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -74,6 +75,9 @@ class Kind(NamedTuple):
         return Moments(min(MAX_KEPT, MAX_KEPT_IN_ALL // self.bands), image, thinned)
 
 
+GREY, RGB = Kind("uint8", 255, 1), Kind("uint8", 255, 3)  # photographs are often both
+
+
 @dataclass(frozen=True)
 class Measured:
     """An image's share of the statistics."""
@@ -103,22 +107,19 @@ class Measurements(torch.utils.data.Dataset):
         source = self.paths.source(int(self.chosen[index]))
         try:
             samples = read_samples(source, self.pixels)
-            bits = describe(source, self.pixels).bits
+            description = describe(source, self.pixels)
         except UnsuitableImage as error:
             return UserError(str(error))
         except UnreadableImage as error:
             return error
+        if description.alpha and self.pixels.bands is None:
+            samples = samples[..., :-1]
         height, width, bands = samples.shape
-        kind = Kind(samples.dtype.name, _full_scale(samples.dtype, bits), bands)
+        kind = Kind(samples.dtype.name, _full_scale(samples.dtype, description.bits), bands)
         tallies = [kind.tally(index, int(self.thinned)) for _ in range(bands)]
         for rows in _slices(samples):
             for tally, values in zip(tallies, rows, strict=True):
                 values = _with_data(values, self.pixels.nodata)
-                if values.dtype.kind == "f" and not np.isfinite(values).all():
-                    return UserError(
-                        f"{source.name} holds samples that are not finite: if NaN stands for no "
-                        "data, use --nodata nan; mend or remove files with infinite ones"
-                    )
                 tally.add(values)
         return Measured(source.name, kind, height * width, [tally.part() for tally in tallies])
 
@@ -158,7 +159,8 @@ def survey_statistics(
         num_workers: processes that read images; 0 to read them in this one.
 
     Raises:
-        UserError: images differ in bands or type, or hold samples that are not finite; more than
+        UserError: images differ in bands or type, unless they are 8-bit grey and RGB, which count
+            as RGB; a file needs other flags; more than
             1% and at least 10 are unreadable, or all; a band has nothing but nodata.
     """
     count = min(len(paths), max_images or len(paths))
@@ -173,6 +175,7 @@ def survey_statistics(
         worker_init_fn=_leave_interrupts_to_the_main_process,
     )
     first, images, unreadable, n_pixels = None, 0, 0, 0
+    kinds: set[Kind] = set()
     totals: list = []
     for measured in tqdm(loader, unit="image", disable=None):
         if isinstance(measured, UserError):
@@ -189,13 +192,18 @@ def survey_statistics(
             continue
         if first is None:
             first, totals = measured, [measured.kind.tally() for _ in measured.parts]
-        elif measured.kind != first.kind:
+        kinds.add(measured.kind)
+        if len(kinds) > 1 and not kinds <= {GREY, RGB}:
             raise UserError(
                 f"{first.name} holds {first.kind}, but {measured.name} holds {measured.kind}: "
                 "measure images of one kind, each kind in a folder of its own"
             )
+        if len(kinds) > 1 and len(totals) == 1:  # as the default reads them: grey in equal bands
+            totals = [copy.deepcopy(totals[0]) for _ in range(3)]
+            first = replace(first, kind=RGB)
         images, n_pixels = images + 1, n_pixels + measured.pixels
-        for total, part in zip(totals, measured.parts, strict=True):
+        parts = measured.parts if len(measured.parts) == len(totals) else 3 * measured.parts
+        for total, part in zip(totals, parts, strict=True):
             total.merge(part)
         dataset.thinned.fill_(min(total.thinned for total in totals))
     if first is None:

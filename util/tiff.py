@@ -51,6 +51,8 @@ def open_tiff(file: BinaryIO) -> StoredImage:
     orientation = tags.get(274, 1) if tags.get(274, 1) in range(1, 9) else 1
     if not width or not height:
         raise ValueError("declares no width and height")
+    if tags.get(32997, 1) > 1:
+        raise ValueError(f"holds a volume of {tags[32997]} planes: save them as pages")
     if kind not in (1, 2, 3, 4) or not 0 < bits <= 64:
         raise ValueError("holds samples that are neither integers nor floats: convert it")
     size = next(size for size in (8, 16, 32, 64) if size >= bits)
@@ -60,6 +62,7 @@ def open_tiff(file: BinaryIO) -> StoredImage:
         (photometric, bits, bands - alpha) in FOR_PILLOW
         and dtype.startswith("uint")
         and compression in COMPRESSION_INFO
+        and compression != 50001  # WebP, which the libtiff in Pillow's packages can't decode
         and (tags.get(284, 1) == 1 or bands == 1)
         and not (alpha and (bits != 8 or len(extra) > 1 or photometric not in (BLACK_IS_ZERO, RGB)))
         and not (bits > 8 and (compression == 7 or tags.get(266, 1) == 2))
