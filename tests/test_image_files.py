@@ -386,13 +386,13 @@ def said(capsys):
 def test_an_odd_folder_of_what_systems_and_people_leave(tmp_path, said):
     fill(tmp_path, [f"2021/{number}.png" for number in range(10)], encode("PNG"))
     fill(tmp_path, ["a.jpg", "b.JPG", "c.jpeg"])
-    fill(tmp_path, [f"phone/{number}.HEIC" for number in range(25)], b"heic")
+    fill(tmp_path, [f"phone/{number}.DCM" for number in range(25)], b"heic")
     fill(tmp_path, ["notes.txt", "2021/list.TXT", "README", "x.cr2", "1.a", "2.b", "3.c"], b"")
     fill(tmp_path, ["._a.jpg", "2021/Thumbs.db", "desktop.ini", ".git/x.png", "@eaDir/a.jpg/b.jpg"])
     assert said(tmp_path, "train") == (
         [
             f"{tmp_path}: 13 images (.png 10, .jpg 2, .jpeg 1), 8-bit RGB, 61 x 47",
-            "passed over: 32 other files (.heic 25: pip install pillow-heif; .txt 2; no suffix 1; "
+            "passed over: 32 other files (.dcm 25: convert to .tif or .npy; .txt 2; no suffix 1; "
             ".a 1; .b 1; 2 other suffixes 2), 3 hidden or system files, 2 hidden or system folders "
             "(.git, @eaDir)",
         ],
