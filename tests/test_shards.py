@@ -348,9 +348,13 @@ def test_what_follows_the_end_of_a_tar_is_not_lost(tmp_path, user_error):
         write_tar(tmp_path / f"{name}.tar", [(f"{name}.jpg", JPEG)])
     both = [(tmp_path / f"{name}.tar").read_bytes() for name in ("a", "b")]
     (tmp_path / "train-0.tar").write_bytes(b"".join(both))
-    assert "neither a member nor its end is at byte" in user_error(lambda: find_shards(tmp_path, "train"))
+    assert "goes on after its last whole member" in user_error(
+        lambda: find_shards(tmp_path, "train")
+    )
     (tmp_path / "train-0.tar").write_bytes(both[0] + bytes(2 << 20))  # as a download reserves
-    assert "neither a member nor its end is at byte" in user_error(lambda: find_shards(tmp_path, "train"))
+    assert "goes on after its last whole member" in user_error(
+        lambda: find_shards(tmp_path, "train")
+    )
 
 
 def test_a_shard_that_shrinks_in_a_run(tmp_path):

@@ -286,7 +286,7 @@ def _members(shard: str) -> Iterator[tuple[tarfile.TarInfo, int]]:
             if len(end) < 1024 or size % 512:
                 raise ValueError("ends without the blocks of zeros that end a tar")
             if end.strip(b"\0") or file.read(1):
-                raise ValueError(f"neither a member nor its end is at byte {tar.offset}")
+                raise ValueError(f"goes on after its last whole member, at byte {tar.offset}")
     except UserError:
         raise
     except OSError as error:
