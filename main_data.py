@@ -1,6 +1,7 @@
-"""Measure a folder of images before training on it.
+"""Measure a folder of images, or pack it into tar shards, before training on it.
 
 python main_data.py stats --data_path DIR --output stats.json
+python main_data.py pack --data_path DIR --output OUT
 """
 
 import contextlib
@@ -12,7 +13,9 @@ from pathlib import Path
 import util.threads  # noqa: F401  before torch, whose threads it sets
 
 # isort: split
-from util import advice, cli, flags, image_files
+import torch
+
+from util import advice, cli, distributed, flags, image_files, locking, packing
 from util.errors import UserError, warn
 from util.pixels import PixelFormat
 from util.statistics import survey_statistics
@@ -25,11 +28,20 @@ mean and standard deviation (of the population), in the files' own units.
 Prints the flags with which main_pretrain.py normalises these images.
 """
 
+PACK = """Pack DIR/train, DIR/val and DIR/test, or DIR itself as train, into tar shards.
+
+    python main_data.py pack --data_path DIR --output OUT --max_side 512
+
+A training then takes --data_path OUT. The shards have WebDataset's names. Run the same command
+again to continue after an interruption.
+"""
+
 
 def get_args_parser():
     parser = cli.ArgumentParser(description=__doc__)
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     add_stats_parser(commands)
+    add_pack_parser(commands)
     return parser
 
 
@@ -82,6 +94,52 @@ def stats(args):
         entries = asdict(found) | {"flags": pasted}
         del entries["full_scale"], entries["kept"]
         write_whole(Path(args.output), json.dumps(entries) + "\n")
+
+
+def add_pack_parser(commands):
+    parser = commands.add_parser("pack", description=PACK, help="tar shards of the images")
+    parser.set_defaults(run=pack)
+    flags.add_source_flags(parser)
+    parser.add_argument(
+        "--output", type=cli.path, required=True, metavar="OUT", help="folder of the shards"
+    )
+    parser.add_argument(
+        "--max_side",
+        type=cli.integer(1),
+        metavar="PIXELS",
+        help="resize larger 8-bit images so that their longer side has so many; if not given, "
+        "files are copied",
+    )
+    parser.add_argument(
+        "--shard_mb", type=cli.integer(1), default=500, help="megabytes a shard, of 10^6 bytes"
+    )
+    parser.add_argument(
+        "--pages",
+        choices=["each", "first"],
+        default="first",
+        help="each: make an image of every page or frame of a file; first: copy the file, of which "
+        "a training reads the first",
+    )
+    parser.add_argument(
+        "--layout", choices=["hwc", "chw"], default="hwc", help="axes of a .npy file"
+    )
+    parser.add_argument(
+        "--max_pixels",
+        type=cli.integer(1),
+        default=PixelFormat.max_pixels,
+        help="files that claim more pixels are left out",
+    )
+
+
+def pack(args):
+    cli.make_writable(args.output, "--output")
+    how = packing.Packing(args.max_side, args.shard_mb, args.pages, args.layout, args.max_pixels)
+    splits = {}
+    for split in ("train", "val", "test"):
+        if images := image_files.find_images(args.data_path, split, how.pixels, as_stored=True):
+            splits[split] = images
+    with locking.lock(args.output, distributed.Process(0, 1, torch.device("cpu"))):
+        packing.pack(splits, Path(args.output), how, args.num_workers)
 
 
 def write_whole(path, text):

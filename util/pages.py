@@ -1,0 +1,95 @@
+"""Single pages of files that hold several: TIFF stacks, animations."""
+
+import functools
+import io
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from util.decoding import ImageSource, UnreadableImage, describe
+from util.pixels import PixelFormat
+
+ORIENTATION = 0x0112  # the EXIF tag
+
+
+def encode(image: Image.Image, orientation: int, is_jpeg: bool = False) -> bytes:
+    """A JPEG or PNG file of an image, with an EXIF orientation."""
+    options: dict[str, Any] = {"format": "JPEG", "quality": 95} if is_jpeg else {"format": "PNG"}
+    if orientation != 1:
+        options["exif"] = Image.Exif()
+        options["exif"][ORIENTATION] = orientation
+    buffer = io.BytesIO()
+    image.save(buffer, **options)
+    return buffer.getvalue()
+
+
+def read_page(source: ImageSource, page: int, pixels: PixelFormat) -> ImageSource:
+    """A page of a file as a file of its own: TIFF of TIFF, PNG of anything else.
+
+    Raises:
+        UnreadableImage: the page is torn, or of a kind that would lose bits.
+    """
+    stored = describe(source, pixels)
+    name = f"{source.name} page {page}"
+    try:
+        if stored.format == "TIFF":
+            return ImageSource(name, content=_read_tiff_page(source, page))
+        if stored.dtype != "uint8":
+            raise ValueError(f"pages of {stored.dtype} are read of TIFF files only")
+        image = _open_animation(source)
+        image.seek(page)
+        if image.mode not in ("1", "L", "LA", "P", "RGB", "RGBA"):
+            image = image.convert("RGB")
+        return ImageSource(name, content=encode(image, stored.orientation))
+    except Exception as error:  # decoders raise anything on broken files
+        raise UnreadableImage(f"{name}: {error}") from error
+
+
+@functools.lru_cache(maxsize=1)  # a worker reads some pages of a file, one after another
+def _open_animation(source: ImageSource) -> Image.Image:
+    return Image.open(io.BytesIO(source.content) if source.content else source.path or "")
+
+
+@functools.lru_cache(maxsize=1)
+def _open_tiff(source: ImageSource) -> tuple[Any, list[Any]]:
+    """A TIFF file and its pages that are neither thumbnails nor masks."""
+    import tifffile
+
+    file: Any = tifffile.TiffFile(
+        io.BytesIO(source.content) if source.content else source.path or ""
+    )
+    return file, [page for page in file.pages if not page.is_reduced and not page.is_mask]
+
+
+def _read_tiff_page(source: ImageSource, number: int) -> bytes:
+    import tifffile
+
+    file, pages = _open_tiff(source)
+    if number < len(pages):
+        page = pages[number]
+        samples = page.asarray(maxworkers=1)
+    else:  # ImageJ describes one page of a large stack, and lets the other ones follow
+        page = pages[0]
+        file.filehandle.seek(page.dataoffsets[0] + number * page.nbytes)
+        content = file.filehandle.read(page.nbytes)
+        samples = np.frombuffer(content, file.byteorder + page.dtype.char).reshape(page.shape)
+    photometric = page.photometric
+    if photometric == tifffile.PHOTOMETRIC.YCBCR:
+        if page.compression != tifffile.COMPRESSION.JPEG:
+            raise ValueError("holds YCbCr without JPEG compression: convert it to RGB")
+        photometric = tifffile.PHOTOMETRIC.RGB  # as it is decoded
+    tag = page.tags.get(ORIENTATION)
+    buffer = io.BytesIO()
+    tifffile.imwrite(
+        buffer,
+        samples,
+        photometric=photometric,
+        planarconfig=page.planarconfig if page.samplesperpixel > 1 else None,
+        extrasamples=page.extrasamples or None,
+        colormap=page.colormap,
+        bitspersample=page.bitspersample,
+        extratags=[(ORIENTATION, "H", 1, tag.value, True)] if tag else (),
+        metadata=None,
+    )
+    return buffer.getvalue()
