@@ -115,10 +115,10 @@ def add_pack_parser(commands):
     )
     parser.add_argument(
         "--pages",
-        choices=["each", "first"],
+        choices=["each", "bands", "first"],
         default="first",
-        help="each: make an image of every page or frame of a file; first: copy the file, of which "
-        "a training reads the first",
+        help="each: make an image of every page or frame of a file; bands: make one image of all, "
+        "a .npy; first: copy the file, of which a training reads the first",
     )
     parser.add_argument(
         "--layout", choices=["hwc", "chw"], default="hwc", help="axes of a .npy file"

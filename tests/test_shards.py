@@ -14,12 +14,23 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import ROOT, command_line, encode, fill, final_state, photograph
+from helpers import (
+    ROOT,
+    assert_same_bits,
+    command_line,
+    encode,
+    fill,
+    final_state,
+    kill_and_resume,
+    photograph,
+    pretrain_kill_flags,
+    run,
+)
 from PIL import Image
 
 import main_data
-from util import data, decoding, image_files, packing, shards
-from util.decoding import read_image
+from util import data, decoding, packing, shards
+from util.decoding import read_image, read_samples
 from util.image_files import ImagePaths
 from util.loading import ImageDataset
 from util.pixels import PixelFormat
@@ -117,17 +128,30 @@ def test_samples_of_a_dataset_are_the_same_bits(image_folder, packed):
         assert (label, index, problem) == other[1:]
 
 
-def test_losses_are_the_same_bits(image_folder, packed, pretrain_flags, pretrain, monkeypatch):
-    pretrain(pretrain_flags)
-    expected = final_state(pretrain_flags["output_dir"])
-    monkeypatch.setattr(
-        image_files, "find_images", lambda path, split, *_: find_shards(path, split)
-    )
-    output = f"{pretrain_flags['output_dir']}-of-shards"
-    pretrain(pretrain_flags | {"data_path": packed, "output_dir": output})
-    result = final_state(Path(output))
-    assert result[2] == expected[2]
-    assert all(torch.equal(tensor, result[0][name]) for name, tensor in expected[0].items())
+def test_a_run_over_shards_killed_within_an_epoch_ends_in_the_folders_bits(
+    image_folder, packed, tmp_path
+):
+    of_folder = pretrain_kill_flags(image_folder, tmp_path / "folder")
+    of_shards = pretrain_kill_flags(packed, tmp_path / "shards", workers=2)
+    assert run("tests/tiny_pretrain.py", of_folder)[0] == 0
+    kill_and_resume("tests/tiny_pretrain.py", of_shards, signal.SIGKILL, kill_line=13)
+    assert_same_bits(final_state(tmp_path / "shards"), final_state(tmp_path / "folder"))
+
+
+def test_a_classifier_of_shards_is_that_of_the_folder(
+    image_folder, packed, finetune, classify_flags, tmp_path
+):
+    states, losses = [], []
+    for number, data_path in enumerate((image_folder, packed)):
+        output = tmp_path / str(number)
+        flags = classify_flags | {"data_path": data_path, "output_dir": output}
+        finetune(flags)
+        del flags["finetune"]
+        finetune(flags | {"eval": True, "resume": output / "checkpoint-last.pth"})
+        states.append(final_state(output, "test_acc1"))
+        losses.append(json.loads((output / "eval.json").read_text())["test_loss"])
+    assert losses[0] == losses[1]
+    assert_same_bits(*states)
 
 
 @pytest.mark.parametrize("context", ["fork", "spawn"])
@@ -654,3 +678,33 @@ def test_what_needs_flags_to_be_read_is_copied_whole(tmp_path):
     tifffile.imwrite(tmp_path / "in" / "2.tif", np.zeros((20, 30), np.int8))
     images = find_shards(run_pack(tmp_path / "in", tmp_path / "out", max_side=9), "train")
     assert contents(images)[1:] == [(tmp_path / "in" / f"{n}.tif").read_bytes() for n in (1, 2)]
+
+
+@pytest.mark.parametrize("layout", ["hwc", "chw"])
+def test_pages_become_bands(tmp_path, layout):
+    """Of a stack, a page a channel, as microscopes write them."""
+    tifffile = pytest.importorskip("tifffile")
+    stack = np.random.default_rng(0).integers(0, 2**16, (5, 12, 10), dtype=np.uint16)
+    (tmp_path / "in").mkdir()
+    tifffile.imwrite(tmp_path / "in/stack.tif", stack)
+    tifffile.imwrite(tmp_path / "in/single.tif", stack[0])
+    out = run_pack(tmp_path / "in", tmp_path / "out", pages="bands", layout=layout)
+    images = find_shards(out, "train")
+    names = [images[index].rpartition(": ")[2] for index in range(2)]
+    assert names == ["single.tif", "stack.tif"]
+    pixels = PixelFormat(5, layout=layout)
+    assert np.array_equal(read_samples(images.source(1), pixels), np.moveaxis(stack, 0, 2))
+    assert np.array_equal(read_samples(images.source(0), pixels)[..., 0], stack[0])
+
+
+def test_pages_of_different_sizes_are_no_bands(tmp_path, capsys):
+    tifffile = pytest.importorskip("tifffile")
+    (tmp_path / "in").mkdir()
+    with tifffile.TiffWriter(tmp_path / "in/1.tif") as file:
+        for side in (8, 9):
+            file.write(np.zeros((side, side), np.uint16), photometric="minisblack")
+    tifffile.imwrite(tmp_path / "in/2.tif", np.zeros((8, 8), np.uint16))
+    run_pack(tmp_path / "in", tmp_path / "out", pages="bands")
+    captured = capsys.readouterr()
+    assert "1.tif page 1: has another size than the first page" in captured.err
+    assert "1 unreadable files left out" in captured.out

@@ -11,6 +11,7 @@ from util.decoding import ImageSource, image_suffixes
 from util.errors import UserError, warn
 from util.pixels import RGB, PixelFormat
 from util.searching import read_list, search_folder
+from util.shards import ShardImages, find_shards
 from util.survey import count, first_names, passed_over, survey
 
 HELD_OUT = ("val", "test")
@@ -80,21 +81,8 @@ class ImagePaths:
         path = self[index]
         return ImageSource(path, path)
 
-    def relabel(self, classes: Sequence[str], source: object) -> None:
-        """Let `classes`, those of `source`, be the classes: labels become their indices.
 
-        Raises:
-            UserError: an image's class is not among them.
-        """
-        check_classes(self, classes, source, some=True)
-        if len(self.classes) < len(classes):
-            warn(
-                f"{self.origin} has {len(self.classes)} of the {len(classes)} classes of {source}: "
-                "accuracy is over these images"
-            )
-        index = torch.tensor([list(classes).index(name) for name in self.classes])
-        self.labels = index[self.labels].share_memory_()
-        self.classes = list(classes)
+Images = ImagePaths | ShardImages
 
 
 def _holding_folders(root: bytes, names: list[bytes]) -> list[bytes]:
@@ -111,20 +99,23 @@ def _absence(path: Path) -> str:
     return f"{path} does not exist{nearest}"
 
 
-def _find(data_path: str | Path, split: str) -> Path | None:
-    """The folder or the list of a split, if there is one."""
+def _find(data_path: str | Path, split: str) -> Images | None:
+    """The images in the folder of a split, in its list or in its shards, if there is one."""
     folder, names = Path(data_path) / split, Path(data_path) / f"{split}.txt"
-    if not os.path.isdir(folder):
-        return names if os.path.isfile(names) else None
-    if os.path.isfile(names):
-        warn(f"{names} is passed over, as there is a folder {folder}")
-    return folder
+    if os.path.isdir(folder):
+        if os.path.isfile(names):
+            warn(f"{names} is passed over, as there is a folder {folder}")
+        return ImagePaths(folder)
+    return ImagePaths(names) if os.path.isfile(names) else find_shards(data_path, split)
 
 
 def find_images(
     data_path: str | Path, split: str, pixels: PixelFormat = RGB, *, as_stored: bool = False
-) -> ImagePaths | None:
-    """The images in data_path/`split` or in the list data_path/`split`.txt, or None without these.
+) -> Images | None:
+    """The images of a split, or None without any.
+
+    They are in the folder data_path/SPLIT, the list data_path/SPLIT.txt or the tar shards
+    data_path/SPLIT-*.tar.
 
     In place of a missing "train" stands data_path itself, a folder, without its `HELD_OUT` ones, or
     a list: pre-training needs no labels. What is found is said, see `survey.survey`.
@@ -136,19 +127,18 @@ def find_images(
         UserError: there are no images, none of a sample of them is readable, or one needs other
             flags.
     """
-    place = _find(data_path, split)
-    leave_out: tuple[str, ...] = ()
-    if place is None and split != "train":
+    images = _find(data_path, split)
+    if images is None and split != "train":
         return None
-    if place is None:
-        place, leave_out = Path(data_path), HELD_OUT
+    if images is None:
+        place = Path(data_path)
         for name in HELD_OUT:
             if os.path.isfile(place / f"{name}.txt"):
                 raise UserError(
                     f"{place / name}.txt lists images that are held out: list those to train on in "
                     f"{place / 'train.txt'}, or keep them in {place / 'train'}"
                 )
-    images = ImagePaths(place, leave_out)
+        images = ImagePaths(place, HELD_OUT)
     images.has_8_bits = survey(images, pixels, held_out=split != "train", as_stored=as_stored)
     return images
 
@@ -158,8 +148,8 @@ def find_labelled_images(
     nb_classes: int,
     splits: Sequence[str] = ("train", "val"),
     pixels: PixelFormat = RGB,
-) -> list[ImagePaths]:
-    """The images of each split, in data_path/SPLIT/CLASS or in the list data_path/SPLIT.txt.
+) -> list[Images]:
+    """The images of each split, in data_path/SPLIT/CLASS, in its list or in its tar shards.
 
     What is found is said, see `survey.survey`.
 
@@ -168,7 +158,7 @@ def find_labelled_images(
             them is readable, or one of a held-out sample is not; the splits' classes differ, or are
             more than `nb_classes`.
     """
-    found: list[ImagePaths] = []
+    found: list[Images] = []
     for split in splits:
         images = _find_labelled(data_path, split, pixels)
         if found:
@@ -190,7 +180,7 @@ def find_images_to_evaluate(
     source: object,
     split: str = "val",
     pixels: PixelFormat = RGB,
-) -> ImagePaths:
+) -> Images:
     """A split's images for the classifier in the file `source`, under its labels.
 
     Args:
@@ -206,7 +196,7 @@ def find_images_to_evaluate(
     """
     images = _find_labelled(data_path, split, pixels)
     if classes is not None:
-        images.relabel(classes, source)
+        relabel(images, classes, source)
     elif len(images.classes) != nb_classes:
         number = count(len(images.classes), "class", "classes")
         raise UserError(
@@ -217,25 +207,44 @@ def find_images_to_evaluate(
     return images
 
 
-def _find_labelled(data_path: str | Path, split: str, pixels: PixelFormat) -> ImagePaths:
+def _find_labelled(data_path: str | Path, split: str, pixels: PixelFormat) -> Images:
     if os.path.isfile(data_path):
         raise UserError(
             f"{data_path} is a file: a classifier takes a folder that holds train and val, folders "
             "of a folder for each class, or the lists train.txt and val.txt"
         )
-    place = _find(data_path, split)
-    if place is None:
+    images = _find(data_path, split)
+    if images is None:
         raise UserError(f"{_absence(Path(data_path) / split)}: classes are folders of images in it")
-    images = ImagePaths(place)
     if "" in images.classes:
-        stray = images[images.labels.tolist().index(0)]
-        raise UserError(f"{stray} is in no class: {place} must hold a folder for each class")
+        stray = images[images.labels.tolist().index(images.classes.index(""))]
+        need = f"{images.origin} must hold a folder for each class"
+        if isinstance(images, ShardImages):
+            need = "each needs a .cls in its shard"
+        raise UserError(f"{stray} is in no class: {need}")
     images.has_8_bits = survey(images, pixels, labelled=True, held_out=split != "train")
     return images
 
 
+def relabel(images: Images, classes: Sequence[str], source: object) -> None:
+    """Let `classes`, those of `source`, be the images' classes: labels become their indices.
+
+    Raises:
+        UserError: an image's class is not among them.
+    """
+    check_classes(images, classes, source, some=True)
+    if len(images.classes) < len(classes):
+        warn(
+            f"{images.origin} has {len(images.classes)} of the {len(classes)} classes of {source}: "
+            "accuracy is over these images"
+        )
+    index = torch.tensor([list(classes).index(name) for name in images.classes])
+    images.labels = index[images.labels].share_memory_()
+    images.classes = list(classes)
+
+
 def check_classes(
-    images: ImagePaths, classes: Iterable[str], source: object, some: bool = False
+    images: Images, classes: Iterable[str], source: object, some: bool = False
 ) -> None:
     """Refuse, with a UserError, images whose classes are not all or `some` of those of `source`."""
     found, expected = set(images.classes), set(classes)

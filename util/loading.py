@@ -20,7 +20,7 @@ from util import data
 from util.decoding import ImageSource, UnreadableImage, read_image
 from util.distributed import Process
 from util.errors import UserError, say, warn
-from util.image_files import ImagePaths
+from util.image_files import Images
 from util.pixels import RGB, PixelFormat
 from util.seeding import derive_seed, seed_generators
 
@@ -47,7 +47,7 @@ class ImageDataset(torch.utils.data.Dataset):
 
     def __init__(
         self,
-        paths: ImagePaths,
+        paths: Images,
         transform: data.Transform,
         seed: int,
         pixels: PixelFormat = RGB,
@@ -239,7 +239,7 @@ class ImageLoader:
 
 
 def train_loader(
-    paths: ImagePaths,
+    paths: Images,
     transform: data.Transform,
     process: Process,
     *,
@@ -270,7 +270,7 @@ def train_loader(
 
 
 def eval_loader(
-    paths: ImagePaths,
+    paths: Images,
     input_size: int | tuple[int, int],
     process: Process,
     *,

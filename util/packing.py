@@ -22,7 +22,7 @@ from tqdm import tqdm
 from util import decoding, pages
 from util.decoding import ImageSource, UnreadableImage, UnsuitableImage
 from util.errors import UserError, say, warn
-from util.image_files import ImagePaths
+from util.image_files import Images
 from util.loading import MAX_UNREADABLE_SHARE
 from util.logs import MIN_UNREADABLE
 from util.pixels import MAX_PIXELS, PixelFormat
@@ -36,7 +36,8 @@ class Packing:
     Attributes:
         max_side: 8-bit images are resized to at most so many pixels on their longer side.
         shard_mb: a shard's size in megabytes, 10^6 bytes, unless a single image is larger.
-        pages: "each" makes an image of every page of a file; "first" copies the file.
+        pages: "each" makes an image of every page of a file, and "bands" one image whose bands
+            the pages are; "first" copies the file.
         layout, max_pixels: as of `PixelFormat`.
     """
 
@@ -61,7 +62,7 @@ class Sample(NamedTuple):
     problem: str = ""  # why it is unreadable
 
 
-def pack(splits: dict[str, ImagePaths], output: Path, packing: Packing, num_workers: int) -> None:
+def pack(splits: dict[str, Images], output: Path, packing: Packing, num_workers: int) -> None:
     """Write each split's images as output/SPLIT-000000.tar, ..., and say what became of them.
 
     After an interruption it goes on behind the last whole shard, and ends in the same bytes.
@@ -70,8 +71,10 @@ def pack(splits: dict[str, ImagePaths], output: Path, packing: Packing, num_work
         UserError: the folder can't be written, or holds something else; there is no tifffile, which
             pages need; at the end, if many files are unreadable.
     """
-    if packing.pages == "each" and not importlib.util.find_spec("tifffile"):
-        raise UserError("--pages each needs a package: pip install tifffile imagecodecs")
+    if packing.pages != "first" and not importlib.util.find_spec("tifffile"):
+        raise UserError(
+            f"--pages {packing.pages} needs a package: pip install tifffile imagecodecs"
+        )
     names = {os.fsencode(name) for images in splits.values() for name in images.classes} - {b""}
     if any(b"\n" in name for name in names):
         raise UserError("the name of a class has a line break in it: rename its folder")
@@ -132,7 +135,7 @@ def _write(path: Path, content: bytes) -> None:
 
 def _pack_split(
     split: str,
-    images: ImagePaths,
+    images: Images,
     classes: dict[str, int],
     output: Path,
     packing: Packing,
@@ -199,7 +202,7 @@ def _pack_split(
         raise UserError(f"{images.origin} has no readable images")
 
 
-def _sum_up(splits: dict[str, ImagePaths], output: Path, shards: list[dict[str, Any]]) -> None:
+def _sum_up(splits: dict[str, Images], output: Path, shards: list[dict[str, Any]]) -> None:
     def total(of: str, split: str = "") -> int:
         return sum(shard[of] for shard in shards if shard["split"].startswith(split))
 
@@ -250,7 +253,7 @@ def _in_order(function: Callable[..., Any], items: np.ndarray, num_workers: int)
         ) from error
 
 
-def _list_items(images: ImagePaths, packing: Packing, num_workers: int) -> np.ndarray:
+def _list_items(images: Images, packing: Packing, num_workers: int) -> np.ndarray:
     """What becomes an image each: int64 [items, 2] of a file's index and a page, -1 for all."""
     indices = np.arange(len(images))
     counts = np.ones_like(indices)
@@ -264,17 +267,22 @@ def _list_items(images: ImagePaths, packing: Packing, num_workers: int) -> np.nd
     return np.column_stack([np.repeat(indices, counts), page])
 
 
-def _count_pages(images: ImagePaths, packing: Packing, index: int) -> int:
+def _count_pages(images: Images, packing: Packing, index: int) -> int:
     try:
         return decoding.describe(images.source(index), packing.pixels).pages
     except UnreadableImage:
         return 1  # which is going to be named
 
 
-def _read(images: ImagePaths, packing: Packing, index: int, page: int) -> Sample:
+def _read(images: Images, packing: Packing, index: int, page: int) -> Sample:
     """A file, or a page of it, as it is packed."""
     try:
         source = images.source(index)
+        if packing.pages == "bands":
+            count = decoding.describe(source, packing.pixels).pages
+            if count > 1:
+                content = pages.join(source, count, packing.pixels)
+                return Sample("npy", content)
         if page >= 0:
             source = pages.read_page(source, page, packing.pixels)
         return _sample(source, packing, is_page=page >= 0)

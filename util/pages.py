@@ -1,4 +1,4 @@
-"""Single pages of files that hold several: TIFF stacks, animations."""
+"""Pages of files that hold several, one by one or as bands: TIFF stacks, animations."""
 
 import functools
 import io
@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from util.decoding import ImageSource, UnreadableImage, describe
+from util.decoding import ImageSource, UnreadableImage, describe, read_samples
 from util.pixels import PixelFormat
 
 ORIENTATION = 0x0112  # the EXIF tag
@@ -44,6 +44,27 @@ def read_page(source: ImageSource, page: int, pixels: PixelFormat) -> ImageSourc
         return ImageSource(name, content=encode(image, stored.orientation))
     except Exception as error:  # decoders raise anything on broken files
         raise UnreadableImage(f"{name}: {error}") from error
+
+
+def join(source: ImageSource, count: int, pixels: PixelFormat) -> bytes:
+    """A .npy file whose bands are those of all `count` pages, in `pixels.layout`.
+
+    Raises:
+        UnreadableImage: a page is torn, or not like the first one.
+    """
+    arrays = []
+    for page in range(count):
+        single = read_page(source, page, pixels)
+        bits = describe(single, pixels).bits
+        arrays.append(read_samples(single, pixels))
+        if bits != 8 * arrays[0].itemsize or arrays[-1].dtype != arrays[0].dtype:
+            raise UnreadableImage(f"{single.name}: is of {bits} bits, which .npy doesn't say")
+        if arrays[-1].shape != arrays[0].shape:
+            raise UnreadableImage(f"{single.name}: has another size than the first page")
+    joined = np.concatenate(arrays, axis=2)
+    buffer = io.BytesIO()
+    np.save(buffer, np.moveaxis(joined, 2, 0) if pixels.layout == "chw" else joined)
+    return buffer.getvalue()
 
 
 @functools.lru_cache(maxsize=1)  # a worker reads some pages of a file, one after another

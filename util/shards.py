@@ -45,11 +45,14 @@ class ShardImages:
         counts, passed_over: how many images and other members there are, by suffix; those with
             hidden names under "hidden".
         found: the same, for the survey.
+        has_8_bits: as of `ImagePaths`.
 
     Raises:
         UserError: a shard is torn, compressed or can't be read; it holds links or sparse files, two
             images of one sample or a .cls that is no class; there are no images.
     """
+
+    has_8_bits = True
 
     def __init__(self, folder: str | Path, split: str, shards: list[str]) -> None:
         self.root = os.fsencode(folder)
@@ -276,7 +279,7 @@ def _members(shard: str) -> Iterator[tuple[tarfile.TarInfo, int]]:
             file.seek(0)
             with tarfile.open(fileobj=file, mode="r:") as tar:
                 while member := tar.next():
-                    tar.members.clear()  # type: ignore[attr-defined]  # which would grow to a gigabyte for a million
+                    tar.members.clear()  # type: ignore[attr-defined]  # 1 GB for a million
                     if member.offset_data + member.size > size and not member.issparse():
                         raise ValueError(f"ends within {member.name}")
                     if not member.isdir():

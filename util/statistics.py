@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from util.decoding import UnreadableImage, UnsuitableImage, describe, read_samples
 from util.errors import UserError, warn
-from util.image_files import ImagePaths
+from util.image_files import Images
 from util.loading import MAX_UNREADABLE_SHARE
 from util.pixels import PixelFormat
 from util.tallies import Counts, Figures, Moments
@@ -96,7 +96,7 @@ class Measurements(torch.utils.data.Dataset):
             no more than needed.
     """
 
-    def __init__(self, paths: ImagePaths, chosen: np.ndarray, pixels: PixelFormat) -> None:
+    def __init__(self, paths: Images, chosen: np.ndarray, pixels: PixelFormat) -> None:
         self.paths, self.chosen, self.pixels = paths, chosen, pixels
         self.thinned = torch.zeros((), dtype=torch.int64).share_memory_()
 
@@ -148,7 +148,7 @@ def _with_data(values: np.ndarray, nodata: float | None) -> np.ndarray:
 
 
 def survey_statistics(
-    paths: ImagePaths, pixels: PixelFormat, *, max_images: int | None = None, num_workers: int = 0
+    paths: Images, pixels: PixelFormat, *, max_images: int | None = None, num_workers: int = 0
 ) -> Statistics:
     """Read images once and measure each band; the same figures with any number of workers.
 

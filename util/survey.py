@@ -29,6 +29,8 @@ class Images(Protocol):
 
     def __len__(self) -> int: ...
 
+    def __getitem__(self, index: int, /) -> str: ...
+
     def source(self, index: int, /) -> ImageSource: ...
 
 
@@ -99,8 +101,8 @@ def _read_sample(
     left = DECODED_VALUES
     spread = np.linspace(0, len(images) - 1, SAMPLED_FILES).astype(int)
     for index in np.unique(spread).tolist():
-        source = images.source(index)
         try:
+            source = images.source(index)
             description = decoding.describe(source, pixels)
             if left > 0:
                 read = decoding.read_samples if as_stored else decoding.read_image
@@ -113,7 +115,8 @@ def _read_sample(
         except UnsuitableImage as error:
             raise UserError(str(error)) from error
         except UnreadableImage as error:
-            unreadable[source.name] = str(error).removeprefix(f"{source.name}: ")
+            name = images[index]
+            unreadable[name] = str(error).removeprefix(f"{name}: ")
     return described, unreadable, ranges
 
 
