@@ -1189,3 +1189,11 @@ def test_suffixes_that_are_read_and_advice_for_others(monkeypatch):
     assert missing_support(".heic") == "pip install pillow-heif"
     assert "pillow" in missing_support(".avif") and "Pillow" in missing_support(".jp2")
     assert "convert to .tif" in refusal(source(b"DICM", "i.dcm"), error=UnreadableImage)
+
+
+def test_advice_is_not_on_flags_where_a_checkpoint_says_the_format():
+    pixels = chans(8, origin="c.pth")
+    expected = "holds 8-bit RGB, and c.pth was trained on images of 8 bands: give it files like"
+    assert expected in refusal(source(encode("PNG")), pixels)
+    pixels = chans(1, origin="c.pth")
+    assert "give it files like" in refusal(npy(np.zeros((4, 4), np.float32)), pixels)

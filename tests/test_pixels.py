@@ -69,6 +69,7 @@ def test_a_checkpoints_format_is_read_from_it():
     for flags in ({}, {"in_chans": 2}, {"bands": [4, 0]}, {"nodata": math.nan}, {"layout": "chw"}):
         kept = resolve(given(**flags), stored, "c.pth")
         assert kept.stored() == stored
+        assert kept.origin == "c.pth"
         assert math.isnan(kept.nodata)
 
 
@@ -93,7 +94,7 @@ def test_other_flags_than_a_checkpoints_are_the_users_error(user_error, name, va
 
 def test_three_bands_may_start_another_number(user_error):
     flags = given(in_chans=5, mean=[0.1] * 5, std=[0.2] * 5)
-    assert resolve(flags, RGB.stored(), may_adapt=True) == PixelFormat(
+    assert resolve(flags, RGB.stored(), "c.pth", may_adapt=True) == PixelFormat(
         5, mean=(0.1,) * 5, std=(0.2,) * 5
     )
     assert "in_chans 3, not 5" in user_error(lambda: resolve(flags, RGB.stored(), "c.pth"))

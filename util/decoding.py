@@ -78,9 +78,10 @@ def read_image(
         return image
     with _opened(source, pixels) as stored:
         if stored.full is None and pixels.value_range is None:
-            raise UnsuitableImage(
-                f"holds {stored.description}, a type without a scale of its own: "
-                "add --value_range LO HI"
+            raise _unsuitable(
+                f"holds {stored.description}, a type without a scale of its own",
+                "add --value_range LO HI",
+                pixels,
             )
         samples = _scaled(_chosen_samples(stored, pixels), stored.full, pixels)
         return torch.from_numpy(np.require(samples, requirements=["C", "W"])).permute(2, 0, 1)
@@ -207,7 +208,7 @@ def _chosen_samples(stored: StoredImage, pixels: PixelFormat) -> np.ndarray:
         if pixels.nodata is not None:
             unusable &= ~_missing(samples, pixels.nodata)
         if np.isnan(samples[unusable]).any():
-            raise UnsuitableImage("holds NaN: add --nodata nan if that stands for no data")
+            raise _unsuitable("holds NaN", "add --nodata nan if that stands for no data", pixels)
         if unusable.any():
             raise ValueError(
                 "holds infinite samples, which --nodata nan doesn't cover: replace them"
@@ -220,8 +221,10 @@ def _chosen_bands(description: Description, pixels: PixelFormat) -> list[int]:
     if pixels.bands is not None:
         outside = [band for band in pixels.bands if not 0 <= band < count]
         if outside:
-            raise UnsuitableImage(
-                f"holds {description}, no band {outside[0]}: --bands takes 0 to {count - 1}"
+            raise _unsuitable(
+                f"holds {description}, no band {outside[0]}",
+                f"--bands takes 0 to {count - 1}",
+                pixels,
             )
         return list(pixels.bands)
     if count == pixels.in_chans:
@@ -234,7 +237,15 @@ def _chosen_bands(description: Description, pixels: PixelFormat) -> list[int]:
     advice = f"add --in_chans {count}, or choose with --bands"
     if description.format == "NPY" and pixels.layout == "hwc" and description.height < count:
         advice += f", or add --layout chw if it is {description.height} bands"
-    raise UnsuitableImage(f"holds {description}: {advice}")
+    raise _unsuitable(f"holds {description}", advice, pixels)
+
+
+def _unsuitable(what: str, advice: str, pixels: PixelFormat) -> UnsuitableImage:
+    """An error with advice on flags, which a checkpoint's format doesn't leave open."""
+    if pixels.origin:
+        what += f", and {pixels.origin} was trained on images of {pixels.in_chans} bands"
+        advice = "give it files like those"
+    return UnsuitableImage(f"{what}: {advice}")
 
 
 def _scaled(samples: np.ndarray, full: int | None, pixels: PixelFormat) -> np.ndarray:

@@ -27,6 +27,7 @@ class PixelFormat:
         layout: axes of a .npy file with three of them: "hwc" or "chw".
         exif_orientation: whether to turn images as their EXIF tag says.
         max_pixels: files that claim more are not decoded. Not stored.
+        origin: the checkpoint that says all this, if one does. Not stored.
     """
 
     in_chans: int = 3
@@ -38,6 +39,7 @@ class PixelFormat:
     layout: str = "hwc"
     exif_orientation: bool = False
     max_pixels: int = MAX_PIXELS
+    origin: str = ""
 
     def stored(self) -> dict[str, Any]:
         """What a checkpoint keeps, under the flags' names; equal formats give equal values."""
@@ -87,7 +89,7 @@ def resolve(
                         f"{source} was trained with {name} {_shown(stored[name])}, not "
                         f"{_shown(asked[name])}: leave out --{name}, it is read from there"
                     )
-            return replace(kept, max_pixels=flags["max_pixels"])
+            return replace(kept, max_pixels=flags["max_pixels"], origin=str(source))
     in_chans = given.setdefault("in_chans", len(given["bands"]) if "bands" in given else 3)
     if "bands" in given and len(given["bands"]) != in_chans:
         raise UserError(
