@@ -23,6 +23,7 @@ from pathlib import Path
 import util.threads  # noqa: F401  before torch, whose threads it sets
 
 # isort: split
+import numpy as np
 import torch
 from PIL import Image
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
@@ -31,17 +32,20 @@ from torchvision.datasets import ImageFolder
 from torchvision.transforms.functional import to_pil_image
 
 from benchmarks import report, table
-from util import cli, loading, speed
+from util import cli, loading, packing, speed
 from util.data import pretrain_transform
 from util.decoding import UnreadableImage, read_image
 from util.distributed import Process, select_device
 from util.errors import UserError
 from util.image_files import ImagePaths
+from util.pixels import PixelFormat
+from util.shards import find_shards
 
 PHOTOGRAPHS = Path(__file__).parent / "photographs"
 WIDTH, HEIGHT = 500, 375
 LARGE_WIDTH, LARGE_HEIGHT = 4000, 2667
 LARGE_IMAGES = 16
+BANDS, BANDS_SIDE = 13, 256  # of .npy files, as satellites' tiles
 DIFFERENT_IMAGES = 1024  # further ones are links to these, which take as long to decode
 INPUT_SIZE = 224
 BATCH_SIZE = 64
@@ -75,6 +79,10 @@ def main(args):
             "one core": sides_of_one_core(usual),
             f"{args.workers} workers": sides_of_workers(usual, args.workers, process),
             f"one core, {LARGE_WIDTH} x {LARGE_HEIGHT}": sides_of_large_images(large),
+            "one core, tar shards": sides_of_shards(usual, Path(folder) / "shards"),
+            f"one core, {BANDS} bands of uint16, {BANDS_SIDE} x {BANDS_SIDE}": sides_of_bands(
+                Path(folder) / "bands"
+            ),
         }
         rates = {where: report.take_turns(sides, args.pairs) for where, sides in turns.items()}
     results = {
@@ -147,6 +155,26 @@ def sides_of_large_images(folder):
         "pillow": lambda: rate(peer[index] for index in range(len(peer))),
         "pillow, draft mode": lambda: rate(peer_draft[index] for index in range(len(peer))),
         "only decoding": lambda: rate(map(read_image, paths)),
+    }
+
+
+def sides_of_shards(folder, packed):
+    packed.mkdir()
+    splits = {"train": ImagePaths(folder)}
+    packing.pack(splits, packed, packing.Packing(), num_workers=0)
+    paths, shards = splits["train"], find_shards(packed, "train")
+    return {"files": lambda: rate(our_images(paths)), "shards": lambda: rate(our_images(shards))}
+
+
+def sides_of_bands(folder):
+    folder.mkdir()
+    for number in range(64):
+        noise = np.random.default_rng(number).integers(0, 2**16, (BANDS_SIDE, BANDS_SIDE, BANDS))
+        np.save(folder / f"{number:02d}.npy", noise.astype(np.uint16))
+    paths, pixels = ImagePaths(folder), PixelFormat(BANDS, mean=(0.5,) * BANDS, std=(0.5,) * BANDS)
+    return {
+        "ours": lambda: rate(our_images(paths, pixels=pixels)),
+        "only decoding": lambda: rate(read_image(path, pixels) for path in paths),
     }
 
 
