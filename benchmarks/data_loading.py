@@ -94,7 +94,8 @@ def main(args):
         f"data_loading{report.on(process.device)}",
         results,
         bytes_to_the_device_per_image=sent
-        | dict.fromkeys(("pillow", "pillow, draft mode"), 4 * 3 * INPUT_SIZE**2),
+        | dict.fromkeys(("pillow", "pillow, draft mode"), 4 * 3 * INPUT_SIZE**2)
+        | {"ours, floats": 4 * BANDS * INPUT_SIZE**2},
         images=args.images,
         mean_kilobytes_of_a_jpeg=kilobytes,
         mean_kilobytes_of_a_large_jpeg=large_kilobytes,
@@ -173,7 +174,7 @@ def sides_of_bands(folder):
         np.save(folder / f"{number:02d}.npy", noise.astype(np.uint16))
     paths, pixels = ImagePaths(folder), PixelFormat(BANDS, mean=(0.5,) * BANDS, std=(0.5,) * BANDS)
     return {
-        "ours": lambda: rate(our_images(paths, pixels=pixels)),
+        "ours, floats": lambda: rate(our_images(paths, pixels=pixels)),
         "only decoding": lambda: rate(read_image(path, pixels) for path in paths),
     }
 
