@@ -1185,9 +1185,11 @@ def test_suffixes_that_are_read_and_advice_for_others(monkeypatch):
     assert missing_support(".txt") is None
     monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
     monkeypatch.setattr("PIL.features.get_supported", list)
+    image_suffixes.cache_clear()
     assert not {".heic", ".avif", ".jp2"} & set(image_suffixes())
     assert missing_support(".heic") == "pip install pillow-heif"
     assert "pillow" in missing_support(".avif") and "Pillow" in missing_support(".jp2")
+    image_suffixes.cache_clear()
     assert "convert to .tif" in refusal(source(b"DICM", "i.dcm"), error=UnreadableImage)
 
 

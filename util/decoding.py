@@ -103,6 +103,8 @@ def _read_plain_jpeg(source: ImageSource, pixels: PixelFormat) -> Tensor | None:
     every error, to the general way."""
     if pixels.in_chans != 3 or pixels.exif_orientation:
         return None
+    if not source.name.lower().endswith((".jpg", ".jpeg", ".jpe", ".jfif")):
+        return None
     if pixels.bands is not None or pixels.value_range is not None or pixels.nodata is not None:
         return None
     with contextlib.suppress(OSError, RuntimeError, ValueError):
@@ -179,8 +181,10 @@ def _read_header(file: BinaryIO, source: ImageSource, pixels: PixelFormat) -> St
         stored = formats.open_pnm(file)
     if stored is None:
         file.seek(0)
-        hint = missing_support(os.path.splitext(source.name)[1])
-        stored = formats.open_with_pillow(file, head, hint)
+        stored = formats.open_with_pillow(file, head)
+        if stored is None:
+            hint = missing_support(os.path.splitext(source.name)[1])
+            raise ValueError(hint or "is damaged, or no image of a known format")
     return stored
 
 
@@ -292,6 +296,7 @@ def _reason(error: Exception) -> str:
     return f"is damaged ({text or type(error).__name__})"
 
 
+@functools.cache
 def image_suffixes() -> tuple[str, ...]:
     """The suffixes of files that can be read here, which depends on Pillow's libraries."""
     suffixes = (

@@ -205,16 +205,18 @@ def open_jpeg_2000(file: BinaryIO) -> StoredImage:
     return StoredImage(description, full_scale(dtype, bits), read)
 
 
-def open_with_pillow(file: BinaryIO, head: bytes, hint: str | None) -> StoredImage:
-    """Any other format; `hint` says what to do if Pillow doesn't know it."""
+def open_with_pillow(file: BinaryIO, head: bytes) -> StoredImage | None:
+    """Any other format; None if Pillow doesn't know it."""
     try:
         image = Image.open(file, formats=_formats(heif=head[4:8] == b"ftyp"))
     except UnidentifiedImageError as error:
         file.seek(0)
         frame = jpeg_frame(file.read())
-        if frame and frame[0] != 8:
-            hint = f"is a JPEG of {frame[0]} bits a sample: convert it to .tif or .png"
-        raise ValueError(hint or "is damaged, or no image of a known format") from error
+        if not frame or frame[0] == 8:
+            return None
+        raise ValueError(
+            f"is a JPEG of {frame[0]} bits a sample: convert it to .tif or .png"
+        ) from error
     return _stored_by_pillow(image, file, head)
 
 
