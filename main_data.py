@@ -4,9 +4,7 @@ python main_data.py stats --data_path DIR --output stats.json
 python main_data.py pack --data_path DIR --output OUT
 """
 
-import contextlib
 import json
-import os
 from dataclasses import asdict
 from pathlib import Path
 
@@ -16,9 +14,11 @@ import util.threads  # noqa: F401  before torch, whose threads it sets
 import torch
 
 from util import advice, cli, distributed, flags, image_files, locking, packing
+from util.checkpoint import write_whole
 from util.errors import UserError, warn
 from util.pixels import PixelFormat
-from util.statistics import survey_statistics
+from util.shards import ShardImages
+from util.statistics import measure
 
 STATS = """Measure every band of the training images: minimum, maximum, 1st and 99th percentile,
 mean and standard deviation (of the population), in the files' own units.
@@ -73,9 +73,7 @@ def stats(args):
     paths = image_files.find_images(args.data_path, "train", pixels, as_stored=True)
     if args.max_images and args.max_images < len(paths):
         print(f"measuring {args.max_images} of {len(paths)} images, spread evenly", flush=True)
-    found = survey_statistics(
-        paths, pixels, max_images=args.max_images, num_workers=args.num_workers
-    )
+    found = measure(paths, pixels, max_images=args.max_images, num_workers=args.num_workers)
 
     for doubt in advice.doubts(found, pixels):
         warn(doubt)
@@ -93,7 +91,10 @@ def stats(args):
     if args.output:
         entries = asdict(found) | {"flags": pasted}
         del entries["full_scale"], entries["kept"]
-        write_whole(Path(args.output), json.dumps(entries) + "\n")
+        try:
+            write_whole(Path(args.output), json.dumps(entries).encode() + b"\n")
+        except OSError as error:
+            raise UserError(f"--output {error}") from error
 
 
 def add_pack_parser(commands):
@@ -111,7 +112,10 @@ def add_pack_parser(commands):
         "files are copied",
     )
     parser.add_argument(
-        "--shard_mb", type=cli.integer(1), default=500, help="megabytes a shard, of 10^6 bytes"
+        "--shard_mb",
+        type=cli.integer(1),
+        default=500,
+        help="size of a shard in megabytes (10^6 bytes)",
     )
     parser.add_argument(
         "--pages",
@@ -136,22 +140,13 @@ def pack(args):
     how = packing.Packing(args.max_side, args.shard_mb, args.pages, args.layout, args.max_pixels)
     splits = {}
     for split in ("train", "val", "test"):
-        if images := image_files.find_images(args.data_path, split, how.pixels, as_stored=True):
+        images = image_files.find_images(args.data_path, split, how.pixels, as_stored=True)
+        if isinstance(images, ShardImages):
+            raise UserError(f"{images.origin} are shards already: pack the folder they came from")
+        if images:
             splits[split] = images
     with locking.lock(args.output, distributed.Process(0, 1, torch.device("cpu"))):
         packing.pack(splits, Path(args.output), how, args.num_workers)
-
-
-def write_whole(path, text):
-    """Write a file so that it holds all of `text`, or what it held before."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        temporary.write_text(text)
-        os.replace(temporary, path)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-        raise UserError(f"--output {path} can't be written: {error.strerror}") from error
 
 
 def main(args):

@@ -186,8 +186,8 @@ def train_whole_model(args, process, amp_dtype):
 
 
 def resolve_pixels(args, contents, path, may_adapt=False):
-    """The pixel format of a checkpoint's contents and the flags, which then hold it in full."""
-    pixel_format = pixels.resolve(vars(args), contents.get("args"), path, may_adapt=may_adapt)
+    """The pixel format of a checkpoint or of the flags, stored in args."""
+    pixel_format = pixels.resolve(vars(args), contents, path, may_adapt=may_adapt)
     vars(args).update(pixel_format.stored())
     return pixel_format
 

@@ -92,7 +92,7 @@ def main(args):
             raise UserError(f"{args.checkpoint} does not say its {name}: add --{name}")
         if given not in (None, config[name]):
             raise UserError(f"{args.checkpoint} says {name} {config[name]}: leave out --{name}")
-    pixel_format = pixels.resolve(vars(args), saved, args.checkpoint)
+    pixel_format = pixels.resolve(vars(args), contents, args.checkpoint)
     bands = args.picture_bands
     if bands and (len(bands) not in (1, 3) or max(bands) >= pixel_format.in_chans):
         raise UserError(f"--picture_bands: give one or three of the {pixel_format.in_chans} bands")

@@ -107,7 +107,7 @@ def step_table(report):
 
 def loading_table(report):
     head = [
-        "loading JPEGs of 500 x 375, or as said",
+        "loading (JPEGs of 500 x 375 unless stated)",
         "images/s",
         "times Pillow",
         "bytes to the device",

@@ -318,7 +318,8 @@ def test_loading_s_figures_by_hand(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(data_loading, "make_large_jpegs", lambda folder, paths: 2.5)
     monkeypatch.setattr(data_loading, "ImagePaths", lambda folder: None)
     monkeypatch.setattr(data_loading, "sides_of_one_core", sides("ours", "pillow"))
-    monkeypatch.setattr(data_loading, "sides_of_workers", sides())
+    for name in ("sides_of_workers", "sides_of_shards", "sides_of_bands"):
+        monkeypatch.setattr(data_loading, name, sides())
     monkeypatch.setattr(data_loading, "sides_of_large_images", sides("--decode scaled"))
     flags = ["--pairs", "2", "--device", "cpu"]
     data_loading.main(data_loading.get_args_parser().parse_args(flags))
@@ -346,9 +347,12 @@ def test_every_side_of_the_loading_table_reads_its_images(tmp_path, monkeypatch)
         ("usual", data_loading.sides_of_one_core(usual)),
         ("workers", data_loading.sides_of_workers(usual, 1, Process(0, 1, CPU))),
         ("large", data_loading.sides_of_large_images(large)),
+        ("shards", data_loading.sides_of_shards(usual, tmp_path / "shards")),
+        ("bands", data_loading.sides_of_bands(tmp_path / "bands")),
     ):
         counts[name] = [side() for side in sides_.values()]
-    assert counts == {"usual": [4] * 3, "workers": [4] * 2, "large": [2] * 5}
+    expected = {"usual": [4] * 3, "workers": [4] * 2, "large": [2] * 5, "shards": [4] * 2}
+    assert counts == expected | {"bands": [64] * 2}
 
 
 def test_pillow_s_draft_mode_sees_the_region_of_its_pipeline(tmp_path):

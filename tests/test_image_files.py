@@ -547,3 +547,20 @@ def test_any_name_can_be_said_on_any_terminal(tmp_path, monkeypatch):
     image_files.find_labelled_images(tmp_path, 2, ["val"])
     sys.stdout.flush()
     assert buffer.getvalue().endswith(rb"; 2 classes (caf\udce9, \u65e5)" + b"\n")
+
+
+def test_links_into_held_out_folders_are_not_trained_on(tmp_path, said):
+    fill(tmp_path, ["1.jpg", "val/cats/2.jpg"])
+    (tmp_path / "extra").symlink_to(tmp_path / "val/cats")
+    (tmp_path / "3.jpg").symlink_to(tmp_path / "val/cats/2.jpg")
+    assert relative_names(image_files.find_images(tmp_path, "train")) == ["1.jpg"]
+    assert "3.jpg, extra, val" in said(tmp_path, "train")[0][1]
+
+
+def test_a_name_with_controls_is_shown_escaped(tmp_path, said):
+    fill(tmp_path, ["1.jpg"])
+    fill(tmp_path, ["a\x1b[31mred\n.jpg"], b"torn")
+    (warning,) = said(tmp_path, "train")[1]
+    assert warning.startswith(
+        f"warning: will be skipped as unreadable: {tmp_path}/a\\x1b[31mred\\n.jpg: "
+    )

@@ -67,7 +67,7 @@ def test_a_checkpoints_format_is_read_from_it():
     stored = SAVED.stored()
     assert stored == SAVED.stored()  # though nan does not equal nan
     for flags in ({}, {"in_chans": 2}, {"bands": [4, 0]}, {"nodata": math.nan}, {"layout": "chw"}):
-        kept = resolve(given(**flags), stored, "c.pth")
+        kept = resolve(given(**flags), {"args": stored}, "c.pth")
         assert kept.stored() == stored
         assert kept.origin == "c.pth"
         assert math.isnan(kept.nodata)
@@ -85,25 +85,34 @@ def test_a_checkpoints_format_is_read_from_it():
     ],
 )
 def test_other_flags_than_a_checkpoints_are_the_users_error(user_error, name, value, told):
-    message = user_error(lambda: resolve(given(**{name: value}), SAVED.stored(), "c.pth"))
+    message = user_error(lambda: resolve(given(**{name: value}), {"args": SAVED.stored()}, "c.pth"))
     assert message.startswith(f"c.pth was trained with {told}: leave out --{name}")
     assert user_error(
-        lambda: resolve(given(in_chans=3), SAVED.stored(), "c.pth", may_adapt=True)
+        lambda: resolve(given(in_chans=3), {"args": SAVED.stored()}, "c.pth", may_adapt=True)
     ).startswith("c.pth was trained with in_chans 2")
 
 
 def test_three_bands_may_start_another_number(user_error):
     flags = given(in_chans=5, mean=[0.1] * 5, std=[0.2] * 5)
-    assert resolve(flags, RGB.stored(), "c.pth", may_adapt=True) == PixelFormat(
+    assert resolve(flags, {"args": RGB.stored()}, "c.pth", may_adapt=True) == PixelFormat(
         5, mean=(0.1,) * 5, std=(0.2,) * 5
     )
-    assert "in_chans 3, not 5" in user_error(lambda: resolve(flags, RGB.stored(), "c.pth"))
+    assert "in_chans 3, not 5" in user_error(
+        lambda: resolve(flags, {"args": RGB.stored()}, "c.pth")
+    )
 
 
 def test_a_checkpoint_that_does_not_say_leaves_it_to_the_flags():
     flags = given(mean=[0.5] * 3, std=[0.25] * 3)
-    for saved in (None, {}, {"model": "mae_vit_base_patch16"}):
+    for saved in (None, {}, {"args": None}, {"args": {"model": "mae_vit_base_patch16"}}):
         assert resolve(flags, saved) == PixelFormat(mean=(0.5,) * 3, std=(0.25,) * 3)
+
+
+def test_an_older_checkpoint_of_this_project_is_of_rgb_with_imagenets_statistics(user_error):
+    contents = {"command": "main_pretrain.py", "args": {"model": "mae_vit_base_patch16"}}
+    assert resolve(given(), contents, "c.pth").stored() == RGB.stored()
+    flags = given(mean=[0.5] * 3, std=[0.25] * 3)
+    assert "trained with mean 0.485" in user_error(lambda: resolve(flags, contents, "c.pth"))
 
 
 # ---- weights of three channels in models of another number

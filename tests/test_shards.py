@@ -501,7 +501,7 @@ def test_a_lost_shard_is_written_again(large_folder, tmp_path):
 
 def test_an_unfinished_pack_is_said(packed, tmp_path, capsys):
     fill(tmp_path, ["train-000000.tar"], (packed / "train-000000.tar").read_bytes())
-    fill(tmp_path, ["pack.json"], b'{"finished": false}')
+    fill(tmp_path, ["pack.json"], b'{"finished": false, "shards": []}')
     find_shards(tmp_path, "train")
     assert f"{tmp_path} isn't packed to its end" in capsys.readouterr().err
 
@@ -571,7 +571,7 @@ def test_large_images_are_resized(tmp_path, capsys):
     ]
     assert [image.getexif().get(0x0112) for image in opened] == [6, None, None, None, 6, None, None]
     assert contents(images)[7:] in ([], [(folder / "train" / "7.npy").read_bytes()])
-    assert f"{len(images) - 6} larger ones are as they were" in capsys.readouterr().out
+    assert f"{len(images) - 6} images above --max_side keep their size" in capsys.readouterr().out
     expected = np.asarray(large.resize((32, 25), Image.LANCZOS)).astype(int)
     assert (np.asarray(opened[2]) == expected).all()
     assert abs(np.asarray(opened[0]) - expected).mean() < 4
@@ -708,3 +708,33 @@ def test_pages_of_different_sizes_are_no_bands(tmp_path, capsys):
     captured = capsys.readouterr()
     assert "1.tif page 1: has another size than the first page" in captured.err
     assert "1 unreadable files left out" in captured.out
+
+
+def test_a_packed_shard_that_is_missing_is_named(image_folder, tmp_path, user_error):
+    out = run_pack(image_folder, tmp_path / "out")
+    (out / "train-000000.tar").rename(out / "train-000001.tar")
+    message = user_error(lambda: find_shards(out, "train"))
+    assert message.startswith(f"{out} lacks train-000000.tar, which pack.json lists")
+    (out / "pack.json").unlink()
+    assert len(find_shards(out, "train")) == 18
+
+
+def test_a_shard_that_changes_during_a_run_is_not_read(image_folder, tmp_path):
+    out = run_pack(image_folder, tmp_path / "out")
+    images = find_shards(out, "train")
+    shard = out / "train-000000.tar"
+    shard.write_bytes(bytes(shard.stat().st_size))
+    os.utime(shard, ns=(1, 1))
+    with pytest.raises(decoding.UnreadableImage, match="has changed since the start"):
+        images.source(0)
+
+
+def test_shards_are_not_packed_again(image_folder, packed, tmp_path, user_error):
+    message = user_error(lambda: run_pack(packed, tmp_path / "again"))
+    assert "are shards already" in message
+
+
+def test_a_damaged_pack_json_is_the_users_error(image_folder, tmp_path, user_error):
+    out = run_pack(image_folder, tmp_path / "out")
+    (out / "pack.json").write_text("{")
+    assert "pack.json is damaged" in user_error(lambda: run_pack(image_folder, out))

@@ -48,7 +48,7 @@ def _sample(value: float, found: Statistics) -> str:
 
 
 def _decimal(value: float) -> str:
-    """The shortest decimal, without an exponent: argparse takes -1e+38 for a flag."""
+    """The shortest decimal, without an exponent."""
     return np.format_float_positional(value, trim="-")
 
 

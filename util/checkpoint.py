@@ -111,6 +111,18 @@ def _replacing(path: Path) -> Iterator[Path]:
     _sync_folder(path.parent)
 
 
+def write_whole(path: Path, content: bytes) -> None:
+    """Write a small file so that it holds all of `content`, or what it held before.
+
+    Raises:
+        OSError: it could not be written.
+    """
+    with _replacing(path) as temporary, open(temporary, "wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+
+
 def _sync_folder(folder: Path) -> None:
     """Make a rename in `folder` outlive a power cut, where the file system can promise that."""
     descriptor = os.open(folder, os.O_RDONLY)

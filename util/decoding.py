@@ -37,14 +37,18 @@ class ImageSource(NamedTuple):
     content: bytes | None = None
 
 
-def describe(source: str | Path | ImageSource, pixels: PixelFormat = RGB) -> Description:
-    """What a file's header declares; no pixels are decoded.
+def describe(
+    source: str | Path | ImageSource, pixels: PixelFormat = RGB, *, count_pages: bool = True
+) -> Description:
+    """What a file's header declares; no pixels are decoded. To count many pages takes longest.
 
     Raises:
         UnreadableImage: the file is missing, or its header is torn or that of no image.
     """
     with _opened(source, pixels) as stored:
-        return stored.description._replace(pages=stored.pages(), orientation=stored.orientation())
+        pages = stored.pages() if count_pages else 1
+        orientation = stored.orientation()
+        return stored.description._replace(pages=pages, orientation=orientation, full=stored.full)
 
 
 def read_image(
@@ -99,8 +103,10 @@ def _read_reduced_jpeg(
 
 
 def _read_plain_jpeg(source: ImageSource, pixels: PixelFormat) -> Tensor | None:
-    """A JPEG as RGB, in hardly more time than its decoder takes; None leaves everything else, and
-    every error, to the general way."""
+    """A JPEG as RGB, in hardly more time than its decoder takes.
+
+    None for other files and on errors: the general path reads those.
+    """
     if pixels.in_chans != 3 or pixels.exif_orientation:
         return None
     if not source.name.lower().endswith((".jpg", ".jpeg", ".jpe", ".jfif")):
@@ -293,7 +299,7 @@ def _reason(error: Exception) -> str:
     text = printable(" ".join(text.split()))[:200]
     if isinstance(error, (ValueError, OSError)) and text:
         return text
-    return f"is damaged ({text or type(error).__name__})"
+    return f"can't be decoded ({type(error).__name__}: {text})"
 
 
 @functools.cache

@@ -48,6 +48,7 @@ class Description(NamedTuple):
         alpha: whether the last band is declared as alpha.
         orientation: EXIF's, 1 to 8. Always 1 for HEIC, which libheif turns by its own boxes.
         lost: what reading drops because no decoder keeps it, or "".
+        full: the sample that is 1 on the scale from 0 to 1; None if its type doesn't say.
     """
 
     format: str
@@ -60,6 +61,7 @@ class Description(NamedTuple):
     alpha: bool = False
     orientation: int = 1
     lost: str = ""
+    full: int | None = None
 
     def __str__(self) -> str:
         kinds = {1: "grey", 3: "RGB"} if not self.alpha else {2: "grey with alpha", 4: "RGBA"}
@@ -73,7 +75,7 @@ class StoredImage(NamedTuple):
     """A file whose header is read; its functions read on.
 
     Attributes:
-        description: without pages and orientation.
+        description: without pages, orientation and full.
         full: the sample that is 1 on the scale from 0 to 1; None if its type doesn't say.
         read: gives the samples [H, W, bands], maybe read-only, in the file's own units.
         pages, orientation: give these parts of the description; after `read`, orientation also
@@ -93,7 +95,7 @@ def full_scale(dtype: str, bits: int) -> int | None:
 
 
 def turn(samples: np.ndarray, orientation: int) -> np.ndarray:
-    """An image [H, W, bands] turned and mirrored upright from an EXIF orientation."""
+    """An image [H, W, bands] turned and mirrored as its EXIF orientation says."""
     if orientation > 4:
         samples = samples.swapaxes(0, 1)
     if orientation in (3, 4, 7, 8):

@@ -35,7 +35,7 @@ class ImagePaths:
         has_8_bits: whether its files have at most 8 bits a sample, so far as is known.
 
     Raises:
-        UserError: the folder or list is missing, neither of both or without images.
+        UserError: the path is missing, is neither a folder nor a list, or has no images.
     """
 
     has_8_bits = True

@@ -1,7 +1,8 @@
 """From image files to normalised batches on the device.
 
-Files are decoded to uint8, cropped and flipped as uint8 in worker processes, travel as uint8 and
-become normalised floats on the device: a quarter of the memory traffic of float images.
+8-bit files are decoded, cropped and flipped as uint8 in worker processes, travel as uint8 and
+become normalised floats on the device: a quarter of the memory traffic of float images, which other
+files become when they are decoded.
 """
 
 import os
@@ -10,14 +11,14 @@ import signal
 import sys
 import threading
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from util import data
-from util.decoding import ImageSource, UnreadableImage, read_image
+from util.decoding import ImageSource, UnreadableImage, printable, read_image
 from util.distributed import Process
 from util.errors import UserError, say, warn
 from util.image_files import Images
@@ -25,6 +26,7 @@ from util.pixels import RGB, PixelFormat
 from util.seeding import derive_seed, seed_generators
 
 MAX_UNREADABLE_SHARE = 0.01
+MIN_UNREADABLE = 10  # fewer unreadable images never end a run, whatever their share
 SHARED_MEMORY = "/dev/shm"
 
 
@@ -32,7 +34,7 @@ class Batch(NamedTuple):
     """One process's images of a training step, on the device."""
 
     step: int
-    imgs: Tensor  # [N, 3, height, width], normalised
+    imgs: Tensor  # [N, bands, height, width], normalised
     labels: Tensor  # [N]
     unreadable: int  # how many images were unreadable and are replaced
 
@@ -72,10 +74,10 @@ class ImageDataset(torch.utils.data.Dataset):
                 image = self._read_and_transform(self.paths.source(source))
                 break
             except UnreadableImage as error:
-                reason, name = str(error), self.paths[source]
+                reason, name = str(error), printable(self.paths[source])
                 problem = problem or (reason if name in reason else f"{name} {reason}")
                 source = torch.randint(len(self.paths), ()).item()
-        else:  # ten unreadable in a row: so many that the run will stop at the next log line
+        else:  # ten unreadable in a row, each of which is warned of
             image = self.transform(torch.zeros(self.pixels.in_chans, 1, 1, dtype=torch.uint8))
         return image, self.paths.labels[source], index, problem
 
@@ -176,8 +178,8 @@ class ImageLoader:
             num_workers=num_workers,
             pin_memory=pin_mem and process.device.type == "cuda",
             persistent_workers=persistent and num_workers > 0,
-            # Only a forked worker starts with a single thread, where it can block signals.
-            multiprocessing_context="fork" if num_workers and sys.platform == "linux" else None,
+            # A worker blocks signals, which needs a single thread.
+            multiprocessing_context=worker_context(num_workers),
             worker_init_fn=_leave_signals_to_the_main_process,
             collate_fn=collate,
         )
@@ -220,7 +222,8 @@ class ImageLoader:
         image, *_ = self.dataset[0, 0]
         workers, processes = self._loader.num_workers, int(os.environ.get("LOCAL_WORLD_SIZE", 1))
         batches = workers * (self._loader.prefetch_factor or 2) * processes
-        needed = batches * self.batches.batch_size * image.nbytes
+        size = image.nbytes if self.dataset.paths.has_8_bits else 4 * image.numel()
+        needed = batches * self.batches.batch_size * size
         free = shutil.disk_usage(SHARED_MEMORY).free
         if needed > free:
             raise UserError(
@@ -259,7 +262,7 @@ def train_loader(
     effective_batch = batch_size * accum_iter * process.world_size
     if len(paths) < effective_batch:
         raise UserError(
-            f"{os.fsdecode(paths.root)} has {len(paths)} training images, fewer than one global "
+            f"{paths.origin} has {len(paths)} training images, fewer than one global "
             f"batch of {effective_batch} (batch_size x accum_iter x processes): lower --batch_size"
         )
     batches = ShuffledBatches(len(paths), batch_size, process, seed)
@@ -290,6 +293,39 @@ def eval_loader(
         pin_mem=pin_mem,
         persistent=False,
     )
+
+
+def map_in_order(dataset: torch.utils.data.Dataset, num_workers: int) -> Iterator[Any]:
+    """A dataset's items in their order, made by `num_workers` processes, an item a worker ahead.
+
+    Raises:
+        UserError: a worker was killed.
+    """
+    try:
+        yield from torch.utils.data.DataLoader(
+            dataset,
+            batch_size=None,
+            num_workers=num_workers,
+            prefetch_factor=1 if num_workers else None,
+            multiprocessing_context=worker_context(num_workers),
+            worker_init_fn=_leave_interrupts_to_the_main_process,
+        )
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        raise UserError(
+            "a worker was killed, most likely as memory ran out: repeat the command with a lower "
+            "--num_workers"
+        ) from error
+
+
+def worker_context(num_workers: int) -> str | None:
+    """How workers start: only a forked one starts with a single thread."""
+    return "fork" if num_workers and sys.platform == "linux" else None
+
+
+def _leave_interrupts_to_the_main_process(_worker_id: int) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def _leave_signals_to_the_main_process(_worker_id: int) -> None:

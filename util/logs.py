@@ -20,10 +20,8 @@ from tqdm import tqdm
 
 from util import distributed
 from util.errors import UserError, say, warn
-from util.loading import MAX_UNREADABLE_SHARE, Batch, ImageLoader
+from util.loading import MAX_UNREADABLE_SHARE, MIN_UNREADABLE, Batch, ImageLoader
 from util.training import TrainingState
-
-MIN_UNREADABLE = 10  # fewer unreadable images never end a run, whatever their share
 
 
 class RunLog:

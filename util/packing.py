@@ -20,11 +20,11 @@ from PIL import Image
 from tqdm import tqdm
 
 from util import decoding, pages
+from util.checkpoint import write_whole
 from util.decoding import ImageSource, UnreadableImage, UnsuitableImage
 from util.errors import UserError, say, warn
 from util.image_files import Images
-from util.loading import MAX_UNREADABLE_SHARE
-from util.logs import MIN_UNREADABLE
+from util.loading import MAX_UNREADABLE_SHARE, MIN_UNREADABLE, map_in_order
 from util.pixels import MAX_PIXELS, PixelFormat
 from util.shards import CLASSES, PACK
 
@@ -49,7 +49,7 @@ class Packing:
 
     @property
     def pixels(self) -> PixelFormat:
-        """How files are read; samples that stand for no data are none of its business."""
+        """How files are read. Nodata is not known here; a resize blends it."""
         return PixelFormat(nodata=math.nan, layout=self.layout, max_pixels=self.max_pixels)
 
 
@@ -83,10 +83,10 @@ def pack(splits: dict[str, Images], output: Path, packing: Packing, num_workers:
     try:
         progress = _begin(output, settings)
         if classes:
-            _write(output / CLASSES, b"".join(name + b"\n" for name in sorted(names)))
+            write_whole(output / CLASSES, b"".join(name + b"\n" for name in sorted(names)))
         for split, images in splits.items():
             _pack_split(split, images, classes, output, packing, progress, num_workers)
-        _write(output / PACK, json.dumps(progress | {"finished": True}).encode())
+        write_whole(output / PACK, json.dumps(progress | {"finished": True}).encode())
     except OSError as error:
         raise UserError(
             f"{output} can't be written ({error.strerror}): mend that, and repeat the command to "
@@ -104,8 +104,13 @@ def _begin(output: Path, settings: dict[str, Any]) -> dict[str, Any]:
         if any(output.glob("*.tar")):
             raise UserError(f"{output} holds shards of another origin: choose another --output")
         return {"settings": settings, "shards": [], "finished": False}
-    progress = json.loads((output / PACK).read_bytes())
-    old = progress["settings"]
+    try:
+        progress = json.loads((output / PACK).read_bytes())
+        old, _ = progress["settings"], progress["shards"]
+    except (ValueError, TypeError, KeyError) as error:
+        raise UserError(
+            f"{output / PACK} is damaged: empty {output}, or choose another --output"
+        ) from error
     for name in sorted(old.keys() | settings.keys()):
         if old.get(name) != settings.get(name):
             raise UserError(
@@ -126,13 +131,6 @@ def _remove_torn(output: Path) -> None:
         shard.unlink()
 
 
-def _write(path: Path, content: bytes) -> None:
-    """Write a file that is never there in part."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_bytes(content)
-    os.replace(temporary, path)
-
-
 def _pack_split(
     split: str,
     images: Images,
@@ -149,13 +147,14 @@ def _pack_split(
     bar = tqdm(total=len(items), initial=first, desc=split, unit=" images", disable=None)
     tally = {"unreadable": 0, "too_large": 0}
 
-    def readable() -> Iterator[tuple[int, dict[str, bytes]]]:
-        """The number of each readable item, and its members by their extension."""
+    def readable() -> Iterator[tuple[int, dict[str, bytes], bool]]:
+        """Each readable item: its number, members by extension, and whether it is too large."""
         read = functools.partial(_read, images, packing)
-        for number, sample in enumerate(_in_order(read, items[first:], num_workers), first):
+        for number, sample in enumerate(
+            map_in_order(_Mapped(read, items[first:]), num_workers), first
+        ):
             bar.update()
             tally["unreadable"] += bool(sample.problem)
-            tally["too_large"] += sample.too_large
             if sample.problem:
                 with bar.external_write_mode(file=sys.stderr):
                     warn(f"left out as unreadable: {sample.problem}")
@@ -166,7 +165,7 @@ def _pack_split(
             members = {sample.suffix: sample.content, "json": json.dumps(origin).encode()}
             if name_of_class := images.classes[images.labels[index]]:
                 members["cls"] = str(classes[name_of_class]).encode()
-            yield number, members
+            yield number, members, sample.too_large
 
     samples = readable()
     waiting = next(samples, None)
@@ -177,7 +176,7 @@ def _pack_split(
         # Its default members have neither times nor owners, which would change the bytes.
         with tarfile.open(temporary, "w:", format=tarfile.GNU_FORMAT) as tar:
             while waiting:
-                number, members = waiting
+                number, members, too_large = waiting
                 size = sum(512 * (1 - (-len(content) // 512)) for content in members.values())
                 if count and tar.offset + size + 1024 > packing.shard_mb * 10**6:
                     break
@@ -186,15 +185,18 @@ def _pack_split(
                     member.size = len(content)
                     tar.addfile(member, io.BytesIO(content))
                 tar.members.clear()  # type: ignore[attr-defined]
+                tally["too_large"] += too_large
                 count += 1
                 waiting = next(samples, None)
         os.truncate(temporary, tar.offset)  # without padding, so that no loss goes unnoticed
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())
         os.replace(temporary, path)
         shard = {"name": path.name, "split": split, "images": count, "bytes": tar.offset}
         done.append(shard | tally | {"next": waiting[0] if waiting else len(items)})
         progress["shards"].append(done[-1])
         tally |= dict.fromkeys(tally, 0)
-        _write(output / PACK, json.dumps(progress).encode())
+        write_whole(output / PACK, json.dumps(progress).encode())
         if bar.disable:
             say(f"{path}: {count} images, {tar.offset / 1e6:.1f} MB", sys.stdout)
     bar.close()
@@ -212,7 +214,7 @@ def _sum_up(splits: dict[str, Images], output: Path, shards: list[dict[str, Any]
     if unreadable:
         line += f"; {unreadable} unreadable files left out"
     if too_large:
-        line += f"; {too_large} larger ones are as they were, as they aren't 8-bit grey or RGB"
+        line += f"; {too_large} images above --max_side keep their size: not 8-bit grey or RGB"
     say(f"{line}\ntrain on it: python main_pretrain.py --data_path {output}", sys.stdout)
     limit = MAX_UNREADABLE_SHARE * (total("images") + unreadable)
     if unreadable >= MIN_UNREADABLE and unreadable > limit:
@@ -234,32 +236,13 @@ class _Mapped(torch.utils.data.Dataset):
         return self.function(*self.items[number].tolist())
 
 
-def _in_order(function: Callable[..., Any], items: np.ndarray, num_workers: int) -> Iterator[Any]:
-    """What a function makes of the rows of `items`, in their order, a few a worker ahead."""
-    context = "fork" if num_workers and sys.platform == "linux" else None
-    try:
-        yield from torch.utils.data.DataLoader(
-            _Mapped(function, items),
-            batch_size=None,
-            num_workers=num_workers,
-            multiprocessing_context=context,
-        )
-    except RuntimeError as error:
-        if "DataLoader worker" not in str(error):
-            raise
-        raise UserError(
-            "a worker was killed, most likely as memory ran out: repeat the command to continue, "
-            "with a lower --num_workers"
-        ) from error
-
-
 def _list_items(images: Images, packing: Packing, num_workers: int) -> np.ndarray:
-    """What becomes an image each: int64 [items, 2] of a file's index and a page, -1 for all."""
+    """The images to write: int64 [items, 2] of a file's index and a page, -1 for all."""
     indices = np.arange(len(images))
     counts = np.ones_like(indices)
     if packing.pages == "each":
         count = functools.partial(_count_pages, images, packing)
-        pages_of = _in_order(count, indices[:, None], num_workers)
+        pages_of = map_in_order(_Mapped(count, indices[:, None]), num_workers)
         bar = tqdm(pages_of, "pages", len(images), disable=None, leave=False)
         counts = np.fromiter(bar, np.int64, len(images))
     page = np.arange(counts.sum()) - np.repeat(counts.cumsum() - counts, counts)

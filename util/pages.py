@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from util.decoding import ImageSource, UnreadableImage, describe, read_samples
+from util.decoding import ImageSource, UnreadableImage, describe, printable, read_samples
 from util.pixels import PixelFormat
 
 ORIENTATION = 0x0112  # the EXIF tag
@@ -25,25 +25,25 @@ def encode(image: Image.Image, orientation: int, is_jpeg: bool = False) -> bytes
 
 
 def read_page(source: ImageSource, page: int, pixels: PixelFormat) -> ImageSource:
-    """A page of a file as a file of its own: TIFF of TIFF, PNG of anything else.
+    """A page of a file as a file of its own: a TIFF's as TIFF, any other's as PNG.
 
     Raises:
         UnreadableImage: the page is torn, or of a kind that would lose bits.
     """
-    stored = describe(source, pixels)
+    stored = describe(source, pixels, count_pages=False)
     name = f"{source.name} page {page}"
     try:
         if stored.format == "TIFF":
             return ImageSource(name, content=_read_tiff_page(source, page))
         if stored.dtype != "uint8":
-            raise ValueError(f"pages of {stored.dtype} are read of TIFF files only")
+            raise ValueError(f"{stored.dtype} pages can be read from TIFF only")
         image = _open_animation(source)
         image.seek(page)
         if image.mode not in ("1", "L", "LA", "P", "RGB", "RGBA"):
             image = image.convert("RGB")
         return ImageSource(name, content=encode(image, stored.orientation))
     except Exception as error:  # decoders raise anything on broken files
-        raise UnreadableImage(f"{name}: {error}") from error
+        raise UnreadableImage(f"{printable(name)}: {error}") from error
 
 
 def join(source: ImageSource, count: int, pixels: PixelFormat) -> bytes:
@@ -55,7 +55,7 @@ def join(source: ImageSource, count: int, pixels: PixelFormat) -> bytes:
     arrays = []
     for page in range(count):
         single = read_page(source, page, pixels)
-        bits = describe(single, pixels).bits
+        bits = describe(single, pixels, count_pages=False).bits
         arrays.append(read_samples(single, pixels))
         if bits != 8 * arrays[0].itemsize or arrays[-1].dtype != arrays[0].dtype:
             raise UnreadableImage(f"{single.name}: is of {bits} bits, which .npy doesn't say")

@@ -45,7 +45,7 @@ class PixelFormat:
         """What a checkpoint keeps, under the flags' names; equal formats give equal values."""
         values = {name: getattr(self, name) for name in STORED}
         if self.nodata is not None and math.isnan(self.nodata):
-            values["nodata"] = "nan"  # which, other than nan, equals itself
+            values["nodata"] = "nan"  # nan != nan, but the string compares equal
         return values
 
     @property
@@ -60,7 +60,7 @@ RGB = PixelFormat()
 
 def resolve(
     flags: Mapping[str, Any],
-    saved: Mapping[str, Any] | None = None,
+    contents: Mapping[str, Any] | None = None,
     source: object = None,
     *,
     may_adapt: bool = False,
@@ -69,15 +69,18 @@ def resolve(
 
     Args:
         flags: a command's flags; None for those that are not given.
-        saved: the flags in a checkpoint, which may not say them.
+        contents: those of a checkpoint, whose "args" may not say it.
         source: the checkpoint, for messages.
         may_adapt: whether weights of three bands may start a model of another number.
 
     Raises:
         UserError: the flags contradict each other, or the checkpoint.
     """
+    saved = (contents or {}).get("args") or {}
+    if contents and "command" in contents:  # this project's; older ones knew only this format
+        saved = RGB.stored() | saved
     given = {name: _hashable(flags[name]) for name in STORED if flags.get(name) is not None}
-    if saved and "in_chans" in saved:
+    if "in_chans" in saved:
         kept = replace(RGB, **{name: _hashable(saved[name]) for name in STORED if name in saved})
         kept = replace(kept, nodata=None if kept.nodata is None else float(kept.nodata))
         in_chans = given.get("in_chans") or len(given.get("bands", ())) or kept.in_chans

@@ -112,7 +112,8 @@ def adapt_channels(state_dict: dict[str, Tensor], in_chans: int) -> dict[str, Te
     """Weights of a model of three channels for one of `in_chans`.
 
     The patch projection is adapted by timm's `adapt_input_conv`: one channel gets the sum of the
-    three, N channels repeat them, times 3 / N. So grey images in equal channels give equal tokens.
+    three, N channels repeat them, times 3 / N. So grey images in equal channels give equal tokens
+    if N is 1 or a multiple of 3.
     The decoder's last layer, whose outputs are pixels, gets their mean or repeats them as they are.
     """
     adapted = dict(state_dict)

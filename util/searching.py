@@ -29,7 +29,7 @@ class Found:
     Attributes:
         images, others: how many images and other files there are, by suffix.
         hidden_files, hidden_folders: passed over by their names, also those of operating systems.
-        held_out: folders left out of the training images.
+        held_out: folders, and links to files in them, left out of the training images.
         lookalikes: folders of training images that are named like held-out ones.
         again: folders reached a second time, over links.
         circles: links to a folder that they lie in.
@@ -71,8 +71,8 @@ def search_folder(root: bytes, leave_out: Sequence[str] = ()) -> tuple[list[byte
     suffixes = {suffix.encode() for suffix in image_suffixes()}
     lookalikes: list[bytes] = []
     reached: dict[bytes, bytes] = {}  # the first path of each real one
-    # A folder's path, the real ones of it and of all above it, whether it is a link, and whether
-    # one above it was reached before.
+    # Each: its path; its real path and those of all folders above; whether it is a link; whether a
+    # folder above was reached before.
     todo: list[tuple[bytes, tuple[bytes, ...], bool, bool]]
     todo = [(b"", (os.path.realpath(root),), False, False)]
     visits = 0
@@ -89,14 +89,15 @@ def search_folder(root: bytes, leave_out: Sequence[str] = ()) -> tuple[list[byte
             again = True
             found.again.append(os.fsdecode(folder if is_link else first))
         subfolders = []
-        for name, is_link in sorted(_look_into(root, folder, suffixes, names, found)):
+        entries = _look_into(root, folder, suffixes, held_out, names, found)
+        for name, is_link in sorted(entries):
             path = os.path.join(folder, name)
             real_path = os.path.join(real_paths[-1], name)
             if is_link:
                 real_path = os.path.realpath(real_path)
             if real_path in real_paths:
                 found.circles.append(os.fsdecode(path))
-            elif real_path in held_out:
+            elif _lies_in(real_path, held_out):
                 found.held_out.append(os.fsdecode(path))
             else:
                 subfolders.append((path, (*real_paths, real_path), is_link, again))
@@ -115,8 +116,18 @@ def search_folder(root: bytes, leave_out: Sequence[str] = ()) -> tuple[list[byte
     return names, found
 
 
+def _lies_in(real_path: bytes, folders: set[bytes]) -> bool:
+    """Whether a path is one of these real folders or lies below one."""
+    return any(real_path == folder or real_path.startswith(folder + b"/") for folder in folders)
+
+
 def _look_into(
-    root: bytes, folder: bytes, suffixes: set[bytes], names: list[bytes], found: Found
+    root: bytes,
+    folder: bytes,
+    suffixes: set[bytes],
+    held_out: set[bytes],
+    names: list[bytes],
+    found: Found,
 ) -> list[tuple[bytes, bool]]:
     """The folders in a folder, and whether they are links; its images are added to `names`."""
     subfolders = []
@@ -140,6 +151,13 @@ def _look_into(
                     found.others[os.fsdecode(suffix)] += 1
                 elif entry.is_symlink() and not os.path.exists(entry.path):
                     found.missing.append(os.fsdecode(prefix + name))
+                elif (
+                    suffix
+                    and held_out
+                    and entry.is_symlink()
+                    and _lies_in(os.path.realpath(entry.path), held_out)
+                ):
+                    found.held_out.append(os.fsdecode(prefix + name))
                 elif suffix:
                     found.images[suffix.decode()] += 1
                     names.append(prefix + name)

@@ -1,6 +1,8 @@
 """Tar shards by WebDataset's names, read at random by an index of where their members lie."""
 
 import contextlib
+import errno
+import fcntl
 import functools
 import itertools
 import json
@@ -19,7 +21,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from util.decoding import ImageSource, UnreadableImage, image_suffixes
+from util.decoding import ImageSource, UnreadableImage, image_suffixes, printable
 from util.errors import UserError, say, warn
 from util.searching import SYSTEM_NAMES, Found
 
@@ -64,9 +66,10 @@ class ShardImages:
         self._shards = [(path, *state) for path, state in zip(shards, states, strict=True)]
         basis = [1, list(image_suffixes()), [[os.path.basename(p), *s] for p, *s in self._shards]]
         file = Path(folder) / f".{split}.index.npz"
-        index = _load(file, basis) or _build(shards)
-        if "basis" not in index:
-            _save(file, index | {"basis": basis})
+        with _one_at_a_time(folder):
+            index = _load(file, basis) or _build(shards)
+            if "basis" not in index:
+                _save(file, index | {"basis": basis})
         self.counts, self.passed_over = dict(index["counts"]), dict(index["passed_over"])
         others = Counter(self.passed_over)
         hidden = others.pop("hidden", 0)
@@ -104,16 +107,21 @@ class ShardImages:
             file = _opened(*self._shards[shard])
             content = os.pread(file.fileno(), size, offset)
         except OSError as error:
-            raise UnreadableImage(f"{name}: {error.strerror}") from error
+            raise UnreadableImage(f"{printable(name)}: {error.strerror}") from error
         if len(content) != size:
-            raise UnreadableImage(f"{name}: the shard has become shorter")
+            raise UnreadableImage(f"{printable(name)}: the shard has become shorter")
         return ImageSource(name, content=content)
 
 
 @functools.lru_cache(maxsize=256)  # a process may not open any number of files
-def _opened(shard: str, _size: int, _time: int) -> BinaryIO:
-    """A shard in the state that is indexed. One that leaves the cache is closed after its use."""
-    return open(shard, "rb", buffering=0)
+def _opened(shard: str, size: int, time: int) -> BinaryIO:
+    """A shard of the indexed size and time. One that leaves the cache is closed after its use."""
+    file = open(shard, "rb", buffering=0)  # noqa: SIM115
+    state = os.fstat(file.fileno())
+    if (state.st_size, state.st_mtime_ns) != (size, time):
+        file.close()
+        raise OSError(errno.ESTALE, "the shard has changed since the start")
+    return file
 
 
 def find_shards(folder: str | Path, split: str) -> ShardImages | None:
@@ -138,9 +146,20 @@ def find_shards(folder: str | Path, split: str) -> ShardImages | None:
         if following != number + 1:
             warn(f"{images.origin}: there is no shard {number + 1}, though there is {following}")
             break
+    if numbers and numbers[0] > 1:
+        warn(f"{images.origin}: the first shard is number {numbers[0]}")
+    missing: list[str] = []
     with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
-        if not json.loads((Path(folder) / PACK).read_bytes())["finished"]:
+        packed = json.loads((Path(folder) / PACK).read_bytes())
+        missing = [shard["name"] for shard in packed["shards"] if shard["split"] == split]
+        missing = [name for name in missing if name not in names]
+        if not packed["finished"]:
             warn(f"{folder} isn't packed to its end: repeat the main_data.py pack that began it")
+    if missing:
+        raise UserError(
+            f"{folder} lacks {', '.join(missing[:5])}, which {PACK} lists: fetch what is missing, "
+            f"or remove {PACK} to train without it"
+        )
     return images
 
 
@@ -150,6 +169,21 @@ def find_shards(folder: str | Path, split: str) -> ShardImages | None:
 # those that labels are indices of, None if they are the numbers in .cls.
 
 _ARRAYS = ("places", "ends", "names", "labels")
+
+
+@contextlib.contextmanager
+def _one_at_a_time(folder: str | Path) -> Iterator[None]:
+    """Let one process build an index, which the rest of them then load."""
+    if not os.access(folder, os.W_OK):  # it can't be kept, so that each has to build its own
+        yield
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):  # some network file systems have no locks
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def _load(file: Path, basis: list[Any]) -> dict[str, Any] | None:
@@ -216,6 +250,7 @@ def _read_shard(
     images: dict[str, list[tuple[int, int, str, str]]] = {}
     texts: dict[str, str] = {}
     names: dict[str, str] = {}
+    suffixes = image_suffixes()
     for member, descriptor in _members(shard):
         path = member.name.removeprefix("./")
         folder, slash, base = path.rpartition("/")
@@ -225,14 +260,14 @@ def _read_shard(
         parts = os.fsencode(path.lower()).split(b"/")
         if any(part.startswith(b".") or part in SYSTEM_NAMES for part in parts):
             passed_over["hidden"] += 1
-        elif extension not in ("cls", "json") and suffix not in image_suffixes():
+        elif extension not in ("cls", "json") and suffix not in suffixes:
             passed_over[suffix] += 1
         elif not member.isreg() or member.issparse():
             raise UserError(
                 f"{shard}: {path} is a link or a sparse file: write the shard by tar with "
                 "--dereference --hard-dereference, without --sparse"
             )
-        elif suffix in image_suffixes():
+        elif suffix in suffixes:
             images.setdefault(key, []).append((member.offset_data, member.size, path, extension))
         else:
             content = os.pread(descriptor, min(member.size, 1 << 20), member.offset_data)

@@ -2,7 +2,6 @@
 
 import copy
 import math
-import signal
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -15,7 +14,7 @@ from tqdm import tqdm
 from util.decoding import UnreadableImage, UnsuitableImage, describe, read_samples
 from util.errors import UserError, warn
 from util.image_files import Images
-from util.loading import MAX_UNREADABLE_SHARE
+from util.loading import MAX_UNREADABLE_SHARE, MIN_UNREADABLE, map_in_order
 from util.pixels import PixelFormat
 from util.tallies import Counts, Figures, Moments
 
@@ -107,7 +106,7 @@ class Measurements(torch.utils.data.Dataset):
         source = self.paths.source(int(self.chosen[index]))
         try:
             samples = read_samples(source, self.pixels)
-            description = describe(source, self.pixels)
+            description = describe(source, self.pixels, count_pages=False)
         except UnsuitableImage as error:
             return UserError(str(error))
         except UnreadableImage as error:
@@ -115,21 +114,13 @@ class Measurements(torch.utils.data.Dataset):
         if description.alpha and self.pixels.bands is None:
             samples = samples[..., :-1]
         height, width, bands = samples.shape
-        kind = Kind(samples.dtype.name, _full_scale(samples.dtype, description.bits), bands)
+        kind = Kind(samples.dtype.name, description.full, bands)
         tallies = [kind.tally(index, int(self.thinned)) for _ in range(bands)]
         for rows in _slices(samples):
             for tally, values in zip(tallies, rows, strict=True):
                 values = _with_data(values, self.pixels.nodata)
                 tally.add(values)
         return Measured(source.name, kind, height * width, [tally.part() for tally in tallies])
-
-
-def _full_scale(dtype: np.dtype, bits: int) -> int | None:
-    if dtype.kind == "b":
-        return 1
-    if dtype.kind != "u" or dtype.itemsize > 2:
-        return None
-    return 2 ** (bits if dtype.itemsize == 2 and 8 < bits < 16 else 8 * dtype.itemsize) - 1
 
 
 def _slices(samples: np.ndarray) -> Iterator[np.ndarray]:
@@ -147,7 +138,7 @@ def _with_data(values: np.ndarray, nodata: float | None) -> np.ndarray:
     return values[~np.isnan(values) if math.isnan(nodata) else values != nodata]
 
 
-def survey_statistics(
+def measure(
     paths: Images, pixels: PixelFormat, *, max_images: int | None = None, num_workers: int = 0
 ) -> Statistics:
     """Read images once and measure each band; the same figures with any number of workers.
@@ -160,31 +151,25 @@ def survey_statistics(
 
     Raises:
         UserError: images differ in bands or type, unless they are 8-bit grey and RGB, which count
-            as RGB; a file needs other flags; more than
-            1% and at least 10 are unreadable, or all; a band has nothing but nodata.
+            as RGB; a file needs other flags; more than 1% and at least 10 are unreadable, or all; a
+            band has nothing but nodata.
     """
     count = min(len(paths), max_images or len(paths))
     chosen = np.arange(count) * (len(paths) - 1) // max(1, count - 1)
     dataset = Measurements(paths, chosen, pixels)
-    loader = torch.utils.data.DataLoader(
-        dataset,
-        batch_size=None,
-        num_workers=num_workers,
-        prefetch_factor=1 if num_workers else None,
-        multiprocessing_context="fork" if num_workers and sys.platform == "linux" else None,
-        worker_init_fn=_leave_interrupts_to_the_main_process,
-    )
     first, images, unreadable, n_pixels = None, 0, 0, 0
     kinds: set[Kind] = set()
     totals: list = []
-    for measured in tqdm(loader, unit="image", disable=None):
+    for measured in tqdm(
+        map_in_order(dataset, num_workers), total=count, unit="image", disable=None
+    ):
         if isinstance(measured, UserError):
             raise measured
         if isinstance(measured, UnreadableImage):
             unreadable += 1
             with tqdm.external_write_mode(sys.stderr):
                 warn(f"left out as unreadable: {measured}")
-            if unreadable >= 10 and unreadable > MAX_UNREADABLE_SHARE * count:
+            if unreadable >= MIN_UNREADABLE and unreadable > MAX_UNREADABLE_SHARE * count:
                 raise UserError(
                     f"{unreadable} of {count} images are unreadable so far, more than "
                     f"{MAX_UNREADABLE_SHARE:.0%}: mend or remove the files named above"
@@ -239,7 +224,3 @@ def _figures(total: Counts | Moments, band: int) -> Figures:
             "these values stands for no data, give it as --nodata"
         )
     return figures
-
-
-def _leave_interrupts_to_the_main_process(_worker_id: int) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)

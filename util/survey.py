@@ -20,7 +20,7 @@ RANGE_FILES = 8
 Range = tuple[float, float, int, int]  # lowest, highest, how many are clipped, of how many
 
 
-class Images(Protocol):
+class Surveyed(Protocol):
     """What `image_files.ImagePaths` and its like have in common."""
 
     origin: str
@@ -35,7 +35,7 @@ class Images(Protocol):
 
 
 def survey(
-    images: Images,
+    images: Surveyed,
     pixels: PixelFormat = RGB,
     *,
     labelled: bool = False,
@@ -88,7 +88,7 @@ def survey(
 
 
 def _read_sample(
-    images: Images, pixels: PixelFormat, as_stored: bool
+    images: Surveyed, pixels: PixelFormat, as_stored: bool
 ) -> tuple[list[Description], dict[str, str], list[Range]]:
     """Describe files spread over all images, and decode as many of them as is quick.
 
@@ -115,7 +115,7 @@ def _read_sample(
         except UnsuitableImage as error:
             raise UserError(str(error)) from error
         except UnreadableImage as error:
-            name = images[index]
+            name = decoding.printable(images[index])
             unreadable[name] = str(error).removeprefix(f"{name}: ")
     return described, unreadable, ranges
 
@@ -131,7 +131,7 @@ def _range(samples: np.ndarray, pixels: PixelFormat) -> Iterator[Range]:
         yield valid.min().item(), valid.max().item(), clipped, valid.size
 
 
-def _summary(images: Images, described: list[Description], labelled: bool) -> str:
+def _summary(images: Surveyed, described: list[Description], labelled: bool) -> str:
     types = Counter(map(str, described)).most_common()
     kinds = ", ".join(name if len(types) == 1 else f"{name} {number}" for name, number in types)
     sizes = sorted((d.width * d.height, d.width, d.height) for d in described)
@@ -165,7 +165,7 @@ def passed_over(found: Found) -> str:
     return "; ".join(parts)
 
 
-def _doubts_about_places(images: Images, need_classes: bool) -> Iterator[str]:
+def _doubts_about_places(images: Surveyed, need_classes: bool) -> Iterator[str]:
     found = images.found
     if found.closed:
         yield f"{_counted(found.closed, 'folder')} can't be read: check the permissions"
