@@ -137,6 +137,12 @@ def main(args):
     except OSError as error:
         raise UserError(f"--output {output} can't be written: {error}") from error
     print(f"{output}: {len(paths)} images, {mask_ratio:.0%} of their patches masked")
+    ranges = visualize.shown_ranges(pixel_format)
+    if set(ranges) != {(0.0, 1.0)}:
+        shown = ", ".join(f"{low:.3g} to {high:.3g}" for low, high in ranges)
+        print(
+            f"black to white is the mean +- 3 std of each band, on the scale from 0 to 1: {shown}"
+        )
     if model.norm_pix_loss:
         print(
             "the model predicts normalised patches: their mean and variance are those of the "

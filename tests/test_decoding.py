@@ -1199,3 +1199,31 @@ def test_advice_is_not_on_flags_where_a_checkpoint_says_the_format():
     assert expected in refusal(source(encode("PNG")), pixels)
     pixels = chans(1, origin="c.pth")
     assert "give it files like" in refusal(npy(np.zeros((4, 4), np.float32)), pixels)
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
+def test_planes_are_known_by_their_tag_and_not_by_the_shape(dtype):
+    cube = noise((13, 13, 13), dtype)
+    planes = tiff(cube, planarconfig="separate", photometric="minisblack")
+    assert np.array_equal(read_samples(planes, chans(13)), np.moveaxis(cube, 0, 2))
+    contiguous = tiff(cube, planarconfig="contig", photometric="minisblack")
+    assert np.array_equal(read_samples(contiguous, chans(13)), cube)
+
+
+def test_a_stack_of_which_only_the_first_page_is_described_has_all_its_pages():
+    stack = noise((5, 12, 10), np.uint16)
+    assert describe(tiff(stack, truncate=True, photometric="minisblack")).pages == 5
+
+
+def test_transparent_colours_are_said():
+    buffer = io.BytesIO()
+    photograph(61, 47).quantize(40).save(buffer, "PNG", transparency=0)
+    assert describe(source(buffer.getvalue())).lost.startswith("transparent colours")
+    assert describe(source(encode("PNG", "P"))).lost == ""
+
+
+def test_floats_multiplied_by_alpha_are_refused():
+    array = noise((6, 7, 4), np.float32)
+    file = tiff(array, photometric="rgb", extrasamples=["assocalpha"])
+    pixels = chans(4, value_range=(0, 1))
+    assert "multiplied by alpha" in refusal(file, pixels, error=UnreadableImage)

@@ -485,9 +485,13 @@ def test_the_range_in_use_is_that_of_the_samples(tmp_path, said, levels, pixels,
         assert text in warning
 
 
-def test_8_bits_that_use_little_of_their_range_are_no_concern(tmp_path, said):
+def test_8_bits_that_use_little_of_their_range_are_a_concern(tmp_path, said):
+    """Such as masks, or samples of 4 bits in bytes; a black image is none."""
     Image.new("L", (9, 7), 3).save(tmp_path / "dark.png")
     assert said(tmp_path, "train")[1] == []
+    Image.fromarray(np.arange(16, dtype=np.uint8).reshape(4, 4)).save(tmp_path / "mask.png")
+    (warning,) = said(tmp_path, "train")[1]
+    assert "the sample uses 0 to 15 of 0 to 255, 6% of the range: --value_range 0 15" in warning
 
 
 def test_a_file_that_needs_a_flag_is_the_users_error(tmp_path, user_error):

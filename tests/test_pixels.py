@@ -102,6 +102,15 @@ def test_three_bands_may_start_another_number(user_error):
     )
 
 
+def test_another_number_of_bands_keeps_how_files_are_read():
+    saved = {"args": PixelFormat(value_range=(0.0, 100.0), nodata=7.0, layout="chw").stored()}
+    flags = given(in_chans=1, mean=[0.1], std=[0.2])
+    adapted = resolve(flags, saved, "c.pth", may_adapt=True)
+    assert adapted == PixelFormat(1, None, (0.0, 100.0), (0.1,), (0.2,), 7.0, "chw")
+    adapted = resolve(flags | {"value_range": (0.0, 9.0)}, saved, "c.pth", may_adapt=True)
+    assert adapted.value_range == (0.0, 9.0)
+
+
 def test_a_checkpoint_that_does_not_say_leaves_it_to_the_flags():
     flags = given(mean=[0.5] * 3, std=[0.25] * 3)
     for saved in (None, {}, {"args": None}, {"args": {"model": "mae_vit_base_patch16"}}):
@@ -285,6 +294,11 @@ def test_pictures_of_values_in_a_corner_of_the_scale_are_stretched():
     values = torch.tensor([0.0, 0.02, 0.05, 0.08, 0.5]).reshape(1, 1, 1, 5)
     shown = visualize._shown(data.normalize(values, format.mean, format.std), format)
     torch.testing.assert_close(shown.flatten(), torch.tensor([0, 0, 0.5, 1, 1]))
+
+
+def test_statistics_outside_of_the_scale_show_all_of_it():
+    pixels = PixelFormat(2, mean=(1.5, -0.5), std=(0.1, 0.1))
+    assert visualize.shown_ranges(pixels) == [(0.0, 1.0)] * 2
 
 
 @pytest.mark.parametrize(

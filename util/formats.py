@@ -240,6 +240,8 @@ def _stored_by_pillow(image: Image.Image, file: BinaryIO, head: bytes = b"") -> 
             dtype = "uint16"
         elif bits > 8:
             lost = f"{bits} bits a sample, of which 8 are read"
+    if "transparency" in image.info and bands in (1, 3):
+        lost = "transparent colours are shown as they are stored"
     alpha = bands in (2, 4)
     description = Description(
         str(image.format), image.height, image.width, bands, dtype, bits, alpha=alpha, lost=lost
@@ -257,7 +259,7 @@ def _stored_by_pillow(image: Image.Image, file: BinaryIO, head: bytes = b"") -> 
 
     return StoredImage(
         description,
-        full_scale(dtype, 8 if lost else bits),
+        full_scale(dtype, 8 if dtype == "uint8" and bits > 8 else bits),
         read,
         lambda: getattr(image, "n_frames", 1),
         lambda: _orientation(image),

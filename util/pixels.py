@@ -71,7 +71,8 @@ def resolve(
         flags: a command's flags; None for those that are not given.
         contents: those of a checkpoint, whose "args" may not say it.
         source: the checkpoint, for messages.
-        may_adapt: whether weights of three bands may start a model of another number.
+        may_adapt: whether weights of three bands may start a model of another number, whose files
+            are read as theirs were where no flag says otherwise.
 
     Raises:
         UserError: the flags contradict each other, or the checkpoint.
@@ -93,6 +94,9 @@ def resolve(
                         f"{_shown(asked[name])}: leave out --{name}, it is read from there"
                     )
             return replace(kept, max_pixels=flags["max_pixels"], origin=str(source))
+        of_files = {name: getattr(kept, name) for name in ("value_range", "nodata", "layout")}
+        of_files["exif_orientation"] = kept.exif_orientation
+        given = {name: value for name, value in of_files.items() if value is not None} | given
     in_chans = given.setdefault("in_chans", len(given["bands"]) if "bands" in given else 3)
     if "bands" in given and len(given["bands"]) != in_chans:
         raise UserError(

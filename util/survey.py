@@ -93,7 +93,7 @@ def _read_sample(
     """Describe files spread over all images, and decode as many of them as is quick.
 
     Returns:
-        descriptions; why files are unreadable, by name; ranges of those that aren't 8-bit.
+        descriptions; why files are unreadable, by name; ranges of some of them.
     """
     described: list[Description] = []
     unreadable: dict[str, str] = {}
@@ -108,8 +108,7 @@ def _read_sample(
                 read = decoding.read_samples if as_stored else decoding.read_image
                 read(source, pixels)
                 left -= description.height * description.width * description.bands
-                scaled = description.bits > 8 or pixels.value_range is not None
-                if scaled and not as_stored and len(ranges) < RANGE_FILES:
+                if not as_stored and len(ranges) < RANGE_FILES:
                     ranges += _range(decoding.read_samples(source, pixels), pixels)
             described.append(description)
         except UnsuitableImage as error:

@@ -5,6 +5,7 @@ is known to return; tifffile, an optional package, gets the rest.
 """
 
 import logging
+import math
 import re
 from collections.abc import Iterator
 from typing import Any, BinaryIO
@@ -58,12 +59,13 @@ def open_tiff(file: BinaryIO) -> StoredImage:
     size = next(size for size in (8, 16, 32, 64) if size >= bits)
     dtype = f"{'int' if kind == 2 else 'float' if kind == 3 else 'uint'}{size}"
 
+    in_planes = bands > 1 and tags.get(284, 1) == 2
     by_pillow = (
         (photometric, bits, bands - alpha) in FOR_PILLOW
         and dtype.startswith("uint")
         and compression in COMPRESSION_INFO
         and compression != 50001  # WebP, which the libtiff in Pillow's packages can't decode
-        and (tags.get(284, 1) == 1 or bands == 1)
+        and not in_planes
         and not (alpha and (bits != 8 or len(extra) > 1 or photometric not in (BLACK_IS_ZERO, RGB)))
         and not (bits > 8 and (compression == 7 or tags.get(266, 1) == 2))
         and not (header.startswith(b"MM") and (bits == 12 or b"+" in header))
@@ -75,6 +77,8 @@ def open_tiff(file: BinaryIO) -> StoredImage:
             name = NAMES.get(photometric, f"photometric {photometric}")
             raise ValueError(f"holds {bits}-bit {name} of {bands} bands: convert it to RGB")
         bands, bits, alpha = 3, 8, False
+    if alpha and extra[-1] == 1 and not dtype.startswith("uint"):
+        raise ValueError(f"holds {dtype} multiplied by alpha: divide it, or leave alpha out")
     if photometric == WHITE_IS_ZERO and not dtype.startswith("uint"):
         raise ValueError(f"holds {dtype} of which 0 is white: convert it to 0 is black")
     description = Description("TIFF", height, width, bands, dtype, bits, alpha=alpha)
@@ -85,12 +89,12 @@ def open_tiff(file: BinaryIO) -> StoredImage:
             image.seek(index)
             # Pillow has turned it as the tag says: turned back.
             return turn(pillow_samples(image, bits), {6: 8, 8: 6}.get(orientation, orientation))
-        samples = _read_with_tifffile(file, index, description)
+        samples = _read_with_tifffile(file, index, description, in_planes)
         colours = samples[..., : bands - alpha]
         full = 2**bits - 1
         if photometric == WHITE_IS_ZERO:
             colours[:] = full - colours
-        if alpha and extra[-1] == 1 and dtype.startswith("uint"):
+        if alpha and extra[-1] == 1:
             opacity = np.maximum(samples[..., -1:], 1) / full
             colours[:] = np.minimum(np.rint(colours / opacity), full)
         return samples
@@ -99,12 +103,14 @@ def open_tiff(file: BinaryIO) -> StoredImage:
         description,
         full_scale(dtype, bits),
         read,
-        lambda: max(sum(map(_is_image, _pages(file))), _images_of_imagej(tags)),
+        lambda: max(sum(map(_is_image, _pages(file))), _images_in_description(tags)),
         lambda: orientation,
     )
 
 
-def _read_with_tifffile(file: BinaryIO, index: int, description: Description) -> np.ndarray:
+def _read_with_tifffile(
+    file: BinaryIO, index: int, description: Description, in_planes: bool
+) -> np.ndarray:
     file.seek(0)
     try:
         import tifffile
@@ -121,10 +127,7 @@ def _read_with_tifffile(file: BinaryIO, index: int, description: Description) ->
         samples = samples.view(np.uint8)
     if samples.ndim == 2:
         samples = samples[..., None]
-    height, width, bands = description.height, description.width, description.bands
-    if samples.shape == (bands, height, width) and samples.shape != (height, width, bands):
-        samples = np.moveaxis(samples, 0, 2)
-    return samples
+    return np.moveaxis(samples, 0, 2) if in_planes else samples
 
 
 def _pages(file: BinaryIO) -> Iterator[ImageFileDirectory_v2]:
@@ -160,7 +163,13 @@ def _common(tags: ImageFileDirectory_v2, tag: int, default: int) -> int:
     return values.pop()
 
 
-def _images_of_imagej(tags: ImageFileDirectory_v2) -> int:
-    """ImageJ writes a large stack as one page, and in its description how many there are."""
-    found = re.match(r"ImageJ=.*?\bimages=(\d+)", str(tags.get(270, "")), re.DOTALL)
-    return int(found[1]) if found else 1
+def _images_in_description(tags: ImageFileDirectory_v2) -> int:
+    """ImageJ, and tifffile if told to truncate, describe a stack's first page only, and say there
+    how many images follow."""
+    text = str(tags.get(270, ""))
+    if found := re.match(r"ImageJ=.*?\bimages=(\d+)", text, re.DOTALL):
+        return int(found[1])
+    if '"truncated": true' in text and (found := re.search(r'"shape": \[([\d, ]+)\]', text)):
+        values = math.prod(map(int, found[1].split(",")))
+        return values // max(1, tags.get(256, 1) * tags.get(257, 1) * tags.get(277, 1))
+    return 1

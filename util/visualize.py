@@ -64,13 +64,18 @@ def reconstruct(
     return [images.cpu() for images in (original, masked, reconstruction, pasted)]
 
 
-def _shown(imgs: Tensor, pixels: PixelFormat) -> Tensor:
-    """Normalised images as levels from 0 to 1 of a picture."""
-    limits = [
+def shown_ranges(pixels: PixelFormat) -> list[tuple[float, float]]:
+    """Per band, what is shown as black and as white, on the scale from 0 to 1."""
+    ranges = [
         (max(0.0, mean - 3 * std), min(1.0, mean + 3 * std))
         for mean, std in zip(pixels.mean, pixels.std, strict=True)
     ]
-    low, high = torch.tensor(limits, device=imgs.device).T[:, :, None, None]
+    return [(low, high) if low < high else (0.0, 1.0) for low, high in ranges]
+
+
+def _shown(imgs: Tensor, pixels: PixelFormat) -> Tensor:
+    """Normalised images as levels from 0 to 1 of a picture."""
+    low, high = torch.tensor(shown_ranges(pixels), device=imgs.device).T[:, :, None, None]
     return ((denormalize(imgs, pixels.mean, pixels.std) - low) / (high - low)).clamp(0, 1)
 
 
