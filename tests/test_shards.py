@@ -29,7 +29,7 @@ from helpers import (
 from PIL import Image
 
 import main_data
-from util import data, decoding, packing, shards
+from util import data, decoding, image_files, packing, shards
 from util.decoding import read_image, read_samples
 from util.image_files import ImagePaths
 from util.loading import ImageDataset
@@ -196,8 +196,8 @@ def test_shards_of_the_webdataset_package_are_read(tmp_path):
     found = dict(zip(images, zip(contents(images), labels, strict=True), strict=True))
     assert found == expected
     assert images.classes == [str(number) for number in range(41)]
-    assert images.counts == {".jpg": 10}
-    assert images.passed_over == {".txt": 10}
+    assert images.found.images == {".jpg": 10}
+    assert images.found.others == {".txt": 10}
 
 
 # ---- what is in a shard
@@ -229,8 +229,9 @@ def test_labels_and_names_by_hand(tmp_path):
     assert contents(images) == [JPEG + b"1", JPEG + b"2", JPEG + b"4"]
     assert [images.classes[label] for label in images.labels.tolist()] == ["cat", "ant", "cat"]
     assert images.classes == ["ant", "cat"]
-    assert images.counts == {".jpg": 2, ".png": 1}
-    assert images.passed_over == {"": 2, "hidden": 2, ".mask.png": 1}
+    assert images.found.images == {".jpg": 2, ".png": 1}
+    assert images.found.others == {"": 2, ".mask.png": 1}
+    assert images.found.hidden_files == 2
 
 
 def test_classes_by_their_names(tmp_path):
@@ -398,7 +399,7 @@ def test_the_index_is_kept_and_follows_the_shards(tmp_path, capsys):
     assert "indexing 1 shards" in capsys.readouterr().err
     kept = find_shards(tmp_path, "train")
     assert "indexing" not in capsys.readouterr().err
-    assert (contents(kept), kept.classes, kept.counts) == ([JPEG], ["0", "1"], {".jpg": 1})
+    assert (contents(kept), kept.classes, kept.found.images) == ([JPEG], ["0", "1"], {".jpg": 1})
     # Other names in the same size, another time only.
     time.sleep(0.02)
     write_tar(path, [("2.jpg", JPEG), ("2.cls", b"0")])
@@ -738,3 +739,23 @@ def test_a_damaged_pack_json_is_the_users_error(image_folder, tmp_path, user_err
     out = run_pack(image_folder, tmp_path / "out")
     (out / "pack.json").write_text("{")
     assert "pack.json is damaged" in user_error(lambda: run_pack(image_folder, out))
+
+
+def test_what_lies_beside_is_said(image_folder, tmp_path, capsys):
+    out = run_pack(image_folder, tmp_path / "out")
+    fill(out, ["loose.jpg"])
+    assert find_shards(out, "train").found.others == {".jpg": 1}
+    fill(out, ["train/1.jpg"])
+    assert len(image_files.find_images(out, "train")) == 1
+    assert f"{out}/train-*.tar is passed over, as there is {out}/train" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("pages", ["each", "bands"])
+def test_pages_of_a_stack_of_which_only_the_first_is_described(tmp_path, pages):
+    tifffile = pytest.importorskip("tifffile")
+    stack = np.random.default_rng(0).integers(0, 2**16, (5, 12, 10), dtype=np.uint16)
+    (tmp_path / "in").mkdir()
+    tifffile.imwrite(tmp_path / "in/1.tif", stack, truncate=True, photometric="minisblack")
+    images = find_shards(run_pack(tmp_path / "in", tmp_path / "out", pages=pages), "train")
+    read = [read_samples(images.source(index)) for index in range(len(images))]
+    assert np.array_equal(np.concatenate(read, axis=2), np.moveaxis(stack, 0, 2))

@@ -102,11 +102,17 @@ def _absence(path: Path) -> str:
 def _find(data_path: str | Path, split: str) -> Images | None:
     """The images in the folder of a split, in its list or in its shards, if there is one."""
     folder, names = Path(data_path) / split, Path(data_path) / f"{split}.txt"
-    if os.path.isdir(folder):
-        if os.path.isfile(names):
-            warn(f"{names} is passed over, as there is a folder {folder}")
-        return ImagePaths(folder)
-    return ImagePaths(names) if os.path.isfile(names) else find_shards(data_path, split)
+    shards = f"{split}-*.tar"
+    if not os.path.isdir(folder) and not os.path.isfile(names):
+        return find_shards(data_path, split)
+    chosen = folder if os.path.isdir(folder) else names
+    for other, is_there in (
+        (names, chosen == folder and os.path.isfile(names)),
+        (Path(data_path) / shards, any(Path(data_path).glob(shards))),
+    ):
+        if is_there:
+            warn(f"{other} is passed over, as there is {chosen}")
+    return ImagePaths(chosen)
 
 
 def find_images(

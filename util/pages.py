@@ -59,10 +59,11 @@ def join(source: ImageSource, count: int, pixels: PixelFormat) -> bytes:
         arrays.append(read_samples(single, pixels))
         if bits != 8 * arrays[0].itemsize or arrays[-1].dtype != arrays[0].dtype:
             raise UnreadableImage(
-                f"{single.name}: is of {bits} bits, which .npy can't say: use --pages each"
+                f"{printable(single.name)}: is of {bits} bits, which .npy can't say: "
+                "use --pages each"
             )
         if arrays[-1].shape != arrays[0].shape:
-            raise UnreadableImage(f"{single.name}: has another size than the first page")
+            raise UnreadableImage(f"{printable(single.name)}: has another size than the first page")
     joined = np.concatenate(arrays, axis=2)
     buffer = io.BytesIO()
     np.save(buffer, np.moveaxis(joined, 2, 0) if pixels.layout == "chw" else joined)

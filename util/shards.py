@@ -44,9 +44,7 @@ class ShardImages:
             for images without a class.
         labels: int64 tensor [number of images], the index of each image's class.
         fingerprint: a checksum of the names, that of the folder from which shards were packed.
-        counts, passed_over: how many images and other members there are, by suffix; those with
-            hidden names under "hidden".
-        found: the same, for the survey.
+        found: images and other members by suffix, and images beside the shards, for the survey.
         has_8_bits: as of `ImagePaths`.
 
     Raises:
@@ -70,10 +68,9 @@ class ShardImages:
             index = _load(file, basis) or _build(shards)
             if "basis" not in index:
                 _save(file, index | {"basis": basis})
-        self.counts, self.passed_over = dict(index["counts"]), dict(index["passed_over"])
-        others = Counter(self.passed_over)
+        others = Counter(index["passed_over"])
         hidden = others.pop("hidden", 0)
-        self.found = Found(images=Counter(self.counts), others=others, hidden_files=hidden)
+        self.found = Found(images=Counter(index["counts"]), others=others, hidden_files=hidden)
         self.fingerprint = index["fingerprint"]
         self._places, self._ends, self._names = (
             torch.from_numpy(index[name]).share_memory_() for name in ("places", "ends", "names")
@@ -141,6 +138,8 @@ def find_shards(folder: str | Path, split: str) -> ShardImages | None:
         if not shard.endswith(".tar"):
             raise UserError(f"{shard} {COMPRESSED}")
     images = ShardImages(folder, split, shards)
+    suffixes = (os.path.splitext(name)[1].lower() for name in os.listdir(folder))
+    images.found.others.update(suffix for suffix in suffixes if suffix in image_suffixes())
     numbers = sorted({int(end[1]) for name in names if (end := re.search(r"(\d+)\.tar$", name))})
     for number, following in itertools.pairwise(numbers):
         if following != number + 1:

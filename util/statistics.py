@@ -74,7 +74,7 @@ class Kind(NamedTuple):
         return Moments(min(MAX_KEPT, MAX_KEPT_IN_ALL // self.bands), image, thinned)
 
 
-GREY, RGB = Kind("uint8", 255, 1), Kind("uint8", 255, 3)  # photographs are often both
+GREY_8, RGB_8 = Kind("uint8", 255, 1), Kind("uint8", 255, 3)  # photographs are often both
 
 
 @dataclass(frozen=True)
@@ -178,14 +178,14 @@ def measure(
         if first is None:
             first, totals = measured, [measured.kind.tally() for _ in measured.parts]
         kinds.add(measured.kind)
-        if len(kinds) > 1 and not kinds <= {GREY, RGB}:
+        if len(kinds) > 1 and not kinds <= {GREY_8, RGB_8}:
             raise UserError(
                 f"{first.name} holds {first.kind}, but {measured.name} holds {measured.kind}: "
                 "measure images of one kind, each kind in a folder of its own"
             )
         if len(kinds) > 1 and len(totals) == 1:  # as the default reads them: grey in equal bands
             totals = [copy.deepcopy(totals[0]) for _ in range(3)]
-            first = replace(first, kind=RGB)
+            first = replace(first, kind=RGB_8)
         images, n_pixels = images + 1, n_pixels + measured.pixels
         parts = measured.parts if len(measured.parts) == len(totals) else 3 * measured.parts
         for total, part in zip(totals, parts, strict=True):
