@@ -190,7 +190,7 @@ def find_images_to_evaluate(
     """A split's images for the classifier in the file `source`, under its labels.
 
     Args:
-        data_path, nb_classes, pixels: as of `find_labelled_images`.
+        data_path, nb_classes, pixels: as in `find_labelled_images`.
         classes: names of the classifier's classes in the order of its labels; the split may have
             images of some of them only. None where they are unknown.
         source: what messages call the classifier.

@@ -38,7 +38,7 @@ class Packing:
         shard_mb: a shard's size in megabytes, 10^6 bytes, unless a single image is larger.
         pages: "each" makes an image of every page of a file, and "bands" one image whose bands
             the pages are; "first" copies the file.
-        layout, max_pixels: as of `PixelFormat`.
+        layout, max_pixels: as in `PixelFormat`.
     """
 
     max_side: int | None = None

@@ -45,7 +45,7 @@ class ShardImages:
         labels: int64 tensor [number of images], the index of each image's class.
         fingerprint: a checksum of the names, that of the folder from which shards were packed.
         found: images and other members by suffix, and images beside the shards, for the survey.
-        has_8_bits: as of `ImagePaths`.
+        has_8_bits: as in `ImagePaths`.
 
     Raises:
         UserError: a shard is torn, compressed or can't be read; it holds links or sparse files, two
