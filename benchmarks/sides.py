@@ -5,6 +5,7 @@ that trains for a number of steps. All sides of a setting have the same sizes, f
 synthetic images, which start on the host, where a data loader leaves them.
 """
 
+import functools
 import math
 from dataclasses import dataclass
 
@@ -84,21 +85,22 @@ class Setting:
 
 
 class SyntheticLoader:
-    """In place of an `ImageLoader`: one batch again and again."""
+    """In place of an `ImageLoader`: one batch again and again, made in the first step."""
 
-    def __init__(self, setting, steps):
+    def __init__(self, setting):
         self.device = setting.device
-        self.steps = steps
+        self.steps = 0
         self.images_per_step = setting.batch_size
-        self.images, self.labels = setting.images()
+        self.batch = functools.cache(setting.images)  # making it takes longer than a step
 
     def __len__(self):
         return self.steps
 
     def train_batches(self, _epoch, _first_step):
         for step in range(self.steps):
-            imgs = normalize(self.images.to(self.device, non_blocking=True))
-            yield Batch(step, imgs, self.labels.to(self.device, non_blocking=True), unreadable=0)
+            images, labels = self.batch()
+            imgs = normalize(images.to(self.device, non_blocking=True))
+            yield Batch(step, imgs, labels.to(self.device, non_blocking=True), unreadable=0)
 
 
 def ours(setting):
@@ -134,9 +136,11 @@ def ours(setting):
         save_minutes=math.inf,
     )
 
+    loader = SyntheticLoader(setting)
+
     def train(steps):
         state = TrainingState(model, optimizer, scaler)
-        loader = SyntheticLoader(setting, steps)
+        loader.steps = steps
         engine.train_one_epoch(
             model=model,
             loader=loader,
