@@ -51,6 +51,17 @@ def get_args_parser():
         action="store_true",
         help="predict pixels normalised by the mean and variance of their patch",
     )
+    for name, what in (
+        ("depth", "blocks"),
+        ("embed_dim", "width"),
+        ("num_heads", "attention heads"),
+    ):
+        model.add_argument(
+            f"--decoder_{name}",
+            type=cli.integer(1),
+            metavar="N",
+            help=f"the decoder's {what}; if not given, as the named model",
+        )
     flags.add_data_flags(parser)
     flags.add_pixel_flags(parser)
     flags.add_optimization_flags(parser)
@@ -112,12 +123,7 @@ def pretrain(args, process, amp_dtype):
 
     # ---- model
     torch.manual_seed(derive_seed(args.seed, "init"))
-    model = models_mae.build_model(
-        args.model,
-        img_size=args.input_size,
-        in_chans=args.in_chans,
-        norm_pix_loss=args.norm_pix_loss,
-    )
+    model = models_mae.build_saved(vars(args), args.in_chans)
     model.check_mask_ratio(args.mask_ratio)
     model.to(process.device)
     speed.prepare(model, process.device, amp_dtype, args.compile, args.grad_checkpointing)

@@ -84,7 +84,7 @@ def main(args):
             f"{args.checkpoint} has no decoder weights, which a reconstruction needs: it holds an "
             "encoder or a classifier, use the full checkpoint of a pre-training"
         )
-    config = {}
+    config = {name: saved.get(name) for name in models_mae.DECODER_SIZES}
     for name in ("model", "input_size", "norm_pix_loss"):
         given = getattr(args, name)
         config[name] = saved.get(name, given)
@@ -96,12 +96,7 @@ def main(args):
     bands = args.picture_bands
     if bands and (len(bands) not in (1, 3) or max(bands) >= pixel_format.in_chans):
         raise UserError(f"--picture_bands: give one or three of the {pixel_format.in_chans} bands")
-    model = models_mae.build_model(
-        config["model"],
-        img_size=config["input_size"],
-        in_chans=pixel_format.in_chans,
-        norm_pix_loss=config["norm_pix_loss"],
-    )
+    model = models_mae.build_saved(config, pixel_format.in_chans)
     mask_ratio = args.mask_ratio
     if mask_ratio is None:
         mask_ratio = saved.get("mask_ratio", 0.75)

@@ -8,7 +8,7 @@ the decoder's), P = patch height x patch width x C values per patch.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -34,7 +34,8 @@ class MaskedAutoencoderViT(nn.Module):
         norm_pix_loss: predict each patch's pixels normalised by the patch's mean and variance.
 
     Raises:
-        UserError: the patch doesn't divide the image.
+        UserError: the patch doesn't divide the image; the decoder's width is no multiple of 4, as
+            its positions need, or of its heads.
     """
 
     def __init__(
@@ -54,6 +55,7 @@ class MaskedAutoencoderViT(nn.Module):
     ) -> None:
         super().__init__()
         check_patches(to_2tuple(img_size), to_2tuple(patch_size))
+        check_decoder(decoder_embed_dim, decoder_num_heads)
         self.in_chans = in_chans
         self.norm_pix_loss = norm_pix_loss
 
@@ -204,6 +206,15 @@ def check_patches(img_size: tuple[int, int], patch_size: tuple[int, int]) -> Non
         )
 
 
+def check_decoder(width: int, heads: int) -> None:
+    """Refuse, with a UserError, a decoder's width that its positions or its heads don't divide."""
+    if width % 4 or width % heads:
+        raise UserError(
+            f"a decoder of width {width} with {heads} heads: the width must be divisible by 4 and "
+            "by the heads, see --decoder_embed_dim and --decoder_num_heads"
+        )
+
+
 def factory(
     patch_size: int, encoder: tuple[int, int, int], decoder: tuple[int, int, int]
 ) -> Callable[..., MaskedAutoencoderViT]:
@@ -254,3 +265,27 @@ def build_model(name: str, **config: Any) -> MaskedAutoencoderViT:
     if name not in MODELS:
         raise UserError(f"unknown model {name!r}: choose one of {', '.join(MODELS)}")
     return MODELS[name](**config)
+
+
+DECODER_SIZES = ("decoder_embed_dim", "decoder_depth", "decoder_num_heads")
+
+
+def build_saved(saved: Mapping[str, Any], in_chans: int) -> MaskedAutoencoderViT:
+    """The model that flags describe, those of a command or those that a checkpoint stores.
+
+    Args:
+        saved: "model", "input_size" and "norm_pix_loss"; of `DECODER_SIZES`, those that differ
+            from the named model's.
+        in_chans: bands of an image.
+
+    Raises:
+        UserError: as `build_model`.
+    """
+    decoder = {name: saved[name] for name in DECODER_SIZES if saved.get(name) is not None}
+    return build_model(
+        saved["model"],
+        img_size=saved["input_size"],
+        in_chans=in_chans,
+        norm_pix_loss=saved["norm_pix_loss"],
+        **decoder,
+    )

@@ -4,7 +4,7 @@ timm's VisionTransformer computes the published classifier, under the published 
 this file names its sizes. Its encoder takes the weights of a masked autoencoder of equal size.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -73,6 +73,25 @@ def build_model(name: str, **config: Any) -> VisionTransformer:
     if name not in MODELS:
         raise UserError(f"unknown model {name!r}: choose one of {', '.join(MODELS)}")
     return MODELS[name](**config)
+
+
+def build_saved(saved: Mapping[str, Any], in_chans: int) -> VisionTransformer:
+    """The classifier that the flags stored in a checkpoint describe, without drop path.
+
+    Args:
+        saved: "model", "input_size", "nb_classes" and "global_pool".
+        in_chans: bands of an image.
+
+    Raises:
+        UserError: as `build_model`.
+    """
+    return build_model(
+        saved["model"],
+        img_size=saved["input_size"],
+        in_chans=in_chans,
+        num_classes=saved["nb_classes"],
+        global_pool=saved["global_pool"],
+    )
 
 
 def add_probe_head(model: VisionTransformer) -> None:

@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import errno
+import json
 import math
 import os
 import re
@@ -19,6 +20,7 @@ from util.errors import UserError, warn
 
 LAST = "checkpoint-last.pth"
 BEST = "checkpoint-best.pth"
+SAFETENSORS_ENTRY = "mae"  # of a .safetensors file's metadata
 
 
 class TornCheckpoint(UserError):
@@ -123,6 +125,21 @@ def write_whole(path: Path, content: bytes) -> None:
         os.fsync(file.fileno())
 
 
+def save_safetensors(path: Path, weights: dict[str, torch.Tensor], about: dict[str, Any]) -> None:
+    """Write weights as .safetensors, whole or not at all.
+
+    Args:
+        about: what `load_checkpoint` returns beside "model", such as "args", "command" and
+            "classes": values that JSON can hold. It is the entry "mae" of the file's metadata.
+
+    Raises:
+        OSError: the file could not be written.
+    """
+    tensors = {name: weight.detach().cpu().contiguous() for name, weight in weights.items()}
+    metadata = {"format": "pt", SAFETENSORS_ENTRY: json.dumps(about)}
+    write_whole(path, safetensors.torch.save(tensors, metadata))
+
+
 def _sync_folder(folder: Path) -> None:
     """Make a rename in `folder` outlive a power cut, where the file system can promise that."""
     descriptor = os.open(folder, os.O_RDONLY)
@@ -140,8 +157,9 @@ def load_checkpoint(path: str | Path, mmap: bool = False) -> dict[str, Any]:
     a machine share.
 
     Accepts files of this project, the published {"model": ...} files (an argparse.Namespace under
-    "args" becomes a dict) and bare state dicts, also as .safetensors, which are returned as
-    {"model": ...}. An https:// address is downloaded once, to torch.hub's folder.
+    "args" becomes a dict), bare state dicts, which are returned as {"model": ...}, and .safetensors
+    with what `save_safetensors` wrote beside the weights. An https:// address is downloaded once,
+    to torch.hub's folder.
 
     Raises:
         TornCheckpoint: the file is torn, or holds something else.
@@ -175,7 +193,7 @@ def _read(path: str, mmap: bool = False) -> Any:
             os.stat(path)  # says what is wrong, unless it is a folder
             raise UserError(f"checkpoint {path} is no file")
         if path.endswith(".safetensors"):
-            return safetensors.torch.load_file(path)
+            return _read_safetensors(path)
         # From a Python file, so that a failing disk is an OSError and not torch's RuntimeError.
         with torch.serialization.safe_globals([argparse.Namespace]), open(path, "rb") as file:
             return torch.load(file, map_location="cpu", weights_only=True)
@@ -188,6 +206,12 @@ def _read(path: str, mmap: bool = False) -> Any:
             reason = getattr(error, "strerror", None) or _first_line(error)
             raise UserError(f"checkpoint {path} can't be read: {reason}") from error
         raise TornCheckpoint(f"{path} is torn or not a checkpoint: {_first_line(error)}") from error
+
+
+def _read_safetensors(path: str) -> dict[str, Any]:
+    with safetensors.safe_open(path, "pt") as file:
+        about = json.loads((file.metadata() or {}).get(SAFETENSORS_ENTRY, "{}"))
+    return {**about, "model": safetensors.torch.load_file(path)}
 
 
 def _read_mapped(path: str) -> Any:
