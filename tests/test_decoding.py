@@ -56,12 +56,23 @@ def source(content, name="t.tif"):
 
 def tiff(array, **options):
     buffer = io.BytesIO()
-    tifffile.imwrite(buffer, array, **{"photometric": "minisblack", **options})
+    try:
+        tifffile.imwrite(buffer, array, **{"photometric": "minisblack", **options})
+    except NotImplementedError as error:  # by old versions
+        pytest.skip(f"imagecodecs: {error}")
     return source(buffer.getvalue())
+
+
+def skip_without(image_format):
+    """Skip where Pillow, being old, doesn't write this format."""
+    Image.init()
+    if image_format not in Image.SAVE:
+        pytest.skip(f"Pillow writes no {image_format}")
 
 
 def saved(image, image_format, **options):
     """By Pillow."""
+    skip_without(image_format)
     buffer = io.BytesIO()
     image.save(buffer, image_format, **options)
     return source(buffer.getvalue(), f"i.{image_format.lower()}")
@@ -187,10 +198,12 @@ def refusal(file, pixels=RGB, error=UnsuitableImage, read=read_image):
     ids=str,
 )
 def test_8_bit_images_read_as_pillow_converts_them(tmp_path, image_format, mode, options):
-    if image_format not in Image.SAVE and Image.init() and image_format not in Image.SAVE:
-        pytest.skip(f"Pillow writes no {image_format}")
+    skip_without(image_format)
     encoded = encode(image_format, mode, **options)
-    expected = in_rgb(Image.open(io.BytesIO(encoded)))
+    try:
+        expected = in_rgb(Image.open(io.BytesIO(encoded)))
+    except OSError as error:  # Pillow 11.0 on its own YCbCr
+        pytest.skip(f"Pillow: {error}")
     (tmp_path / "image").write_bytes(encoded)
     for file in (tmp_path / "image", str(tmp_path / "image"), source(encoded)):
         image = read_image(file)

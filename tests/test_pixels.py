@@ -136,7 +136,7 @@ def test_encoders_of_three_channels_start_others_as_timms_do(tmp_path, in_chans,
         "vit_tiny_patch16_224",
         pretrained=True,
         in_chans=in_chans,
-        pretrained_cfg_overlay={"file": str(tmp_path / "rgb.pth")},
+        pretrained_cfg_overlay={"file": str(tmp_path / "rgb.pth"), "custom_load": False},
     )
     model = models_vit.build_model("vit_tiny_patch16", in_chans=in_chans, global_pool=False)
     pretrained.load_encoder(model, source.state_dict(), "rgb.pth")

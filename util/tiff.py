@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from typing import Any, BinaryIO
 
 import numpy as np
+import PIL
 from PIL import Image
 from PIL.TiffImagePlugin import COMPRESSION_INFO, ImageFileDirectory_v2
 
@@ -33,6 +34,9 @@ FOR_PILLOW = {
     *((BLACK_IS_ZERO, bits, 1) for bits in (12, 16)),
     (CMYK, 8, 4),
 }
+
+# WebP, and in old versions Zstandard: the libtiff in Pillow's packages can't decode them.
+NOT_IN_PILLOW = (50001,) if int(PIL.__version__.split(".")[0]) >= 12 else (50000, 50001)
 
 
 def open_tiff(file: BinaryIO) -> StoredImage:
@@ -64,7 +68,7 @@ def open_tiff(file: BinaryIO) -> StoredImage:
         (photometric, bits, bands - alpha) in FOR_PILLOW
         and dtype.startswith("uint")
         and compression in COMPRESSION_INFO
-        and compression != 50001  # WebP, which the libtiff in Pillow's packages can't decode
+        and compression not in NOT_IN_PILLOW
         and not in_planes
         and not (alpha and (bits != 8 or len(extra) > 1 or photometric not in (BLACK_IS_ZERO, RGB)))
         and not (bits > 8 and (compression == 7 or tags.get(266, 1) == 2))
