@@ -181,8 +181,9 @@ def load_checkpoint(path: str | Path, mmap: bool = False) -> dict[str, Any]:
         contents = _read_folder(Path(path))
     else:
         contents = _read(path, mmap)
-    if not isinstance(contents, dict) or not contents or contents == {"model": {}}:
-        raise TornCheckpoint(f"{path} holds no model weights: not a checkpoint of a model")
+    no_weights = TornCheckpoint(f"{path} holds no model weights: not a checkpoint of a model")
+    if not isinstance(contents, dict) or not contents:
+        raise no_weights
     if all(isinstance(value, torch.Tensor) for value in contents.values()):
         contents = {"model": contents}
     if "model" not in contents:
@@ -192,6 +193,8 @@ def load_checkpoint(path: str | Path, mmap: bool = False) -> dict[str, Any]:
     model = contents.get("model")
     if not isinstance(model, dict):
         raise TornCheckpoint(f"{path} has no entry 'model': not a checkpoint of a model")
+    if not model:
+        raise no_weights
     if not all(isinstance(k, str) and isinstance(v, torch.Tensor) for k, v in model.items()):
         raise TornCheckpoint(f"{path} has values that are not tensors in its 'model'")
     contents["model"] = _with_published_keys(model, path)
