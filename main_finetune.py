@@ -319,6 +319,7 @@ def evaluate_checkpoint(args, process, amp_dtype):
     pixel_format = resolve_pixels(args, contents, path)
     val_paths = find_val_images(args, contents, path, pixel_format)
     model = build_model(args)
+    pretrained.check_heads(model, contents, path)
     pretrained.load_classifier(
         model, contents["model"], path, pretrained.saved_input_size(contents)
     )

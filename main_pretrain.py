@@ -2,10 +2,13 @@
 
     python main_pretrain.py --data_path DIR --model mae_vit_base_patch16
     torchrun --nproc_per_node 8 main_pretrain.py --data_path DIR --norm_pix_loss --blr 1.5e-4
+    python main_pretrain.py --data_path DIR --model mae_vit_base_patch16 --init WEIGHTS
 
 DIR/train is searched for images, or DIR itself without it; labels are not needed. With DIR/val
 the loss on those images, under fixed masks, is logged every epoch. Run the same command again to
-continue after any interruption.
+continue after any interruption. WEIGHTS is a checkpoint of this project or a released one, with or
+without its decoder, or a model that transformers or timm saved: a file, a folder or an https://
+address.
 """
 
 import util.threads  # noqa: F401  before torch, whose threads it sets
@@ -17,6 +20,7 @@ import torch
 import models_mae
 from engine_pretrain import evaluate, train_one_epoch
 from util import (
+    checkpoint,
     cli,
     data,
     distributed,
@@ -29,11 +33,13 @@ from util import (
     optim,
     pixels,
     precision,
+    pretrained,
     speed,
     stopping,
     training,
     visualize,
 )
+from util.errors import warn
 from util.lr_sched import make_schedule
 from util.seeding import derive_seed
 
@@ -62,6 +68,12 @@ def get_args_parser():
             metavar="N",
             help=f"the decoder's {what}; if not given, as the named model",
         )
+    flags.MayChange(model).add_argument(
+        "--init",
+        type=cli.path,
+        metavar="WEIGHTS",
+        help="weights to start from; if not given, random ones",
+    )
     flags.add_data_flags(parser)
     flags.add_pixel_flags(parser)
     flags.add_optimization_flags(parser)
@@ -103,7 +115,8 @@ def pretrain(args, process, amp_dtype):
     )
 
     # ---- data
-    pixel_format = pixels.resolve(vars(args))
+    origin = checkpoint.load_checkpoint(args.init) if args.init else {}
+    pixel_format = pixels.resolve(vars(args), origin, args.init, may_adapt=True)
     vars(args).update(pixel_format.stored())
     train_paths = image_files.find_images(args.data_path, "train", pixel_format)
     val_paths = image_files.find_images(args.data_path, "val", pixel_format)
@@ -123,8 +136,14 @@ def pretrain(args, process, amp_dtype):
 
     # ---- model
     torch.manual_seed(derive_seed(args.seed, "init"))
+    take_decoder_sizes(args, origin)
     model = models_mae.build_saved(vars(args), args.in_chans)
     model.check_mask_ratio(args.mask_ratio)
+    start = None
+    if args.init:
+        heads = models_mae.decoder_sizes(origin.get("args", {})).get("decoder_num_heads")
+        start = pretrained.start_autoencoder_from(model, args.init, origin, decoder_heads=heads)
+    del origin  # it may hold an optimizer's state
     model.to(process.device)
     speed.prepare(model, process.device, amp_dtype, args.compile, args.grad_checkpointing)
     parallel_model = distributed.data_parallel(model, process)
@@ -147,6 +166,7 @@ def pretrain(args, process, amp_dtype):
             "images": len(train_paths),
             "image_names": train_paths.fingerprint,
             "dtype": dtype,
+            "init": start and start.fingerprint,
         },
         defaults=flags.fixed_by_default(get_args_parser()) | pixels.RGB.stored(),
         contents={"command": "main_pretrain.py", "args": vars(args)},
@@ -158,6 +178,10 @@ def pretrain(args, process, amp_dtype):
     log = logs.RunLog(
         args.output_dir, args.log_dir, process, state, train_loader, args.epochs, tag="train_loss"
     )
+    if start and state.epoch == state.step == 0:
+        log.line(start.summary)
+        for warning in start.warnings:
+            warn(warning)
     parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
     log.line(
         f"{args.model}, {parameters / 1e6:.1f} M parameters, on {len(train_paths)} images; "
@@ -214,6 +238,15 @@ def pretrain(args, process, amp_dtype):
             state.begin_next_epoch()
         checkpoints.finish()
     log.line(f"done: {args.epochs} epochs, see {args.output_dir}")
+
+
+def take_decoder_sizes(args, origin):
+    """Give the decoder the size of the one in --init's contents, if no flag gives a size."""
+    has_decoder = "decoder_pred.weight" in origin.get("model", {})
+    if has_decoder and all(getattr(args, name) is None for name in models_mae.DECODER_SIZES):
+        named = models_mae.decoder_sizes(vars(args))
+        sizes = models_mae.decoder_sizes(origin.get("args", {}))
+        vars(args).update({name: n for name, n in sizes.items() if n != named.get(name)})
 
 
 def pictured_images(dataset):

@@ -217,7 +217,7 @@ def check_decoder(width: int, heads: int) -> None:
 
 def factory(
     patch_size: int, encoder: tuple[int, int, int], decoder: tuple[int, int, int]
-) -> Callable[..., MaskedAutoencoderViT]:
+) -> "partial[MaskedAutoencoderViT]":
     """A model factory; encoder and decoder are (width, blocks, heads)."""
     embed_dim, depth, num_heads = encoder
     decoder_embed_dim, decoder_depth, decoder_num_heads = decoder
@@ -268,6 +268,16 @@ def build_model(name: str, **config: Any) -> MaskedAutoencoderViT:
 
 
 DECODER_SIZES = ("decoder_embed_dim", "decoder_depth", "decoder_num_heads")
+
+
+def decoder_sizes(saved: Mapping[str, Any]) -> dict[str, int]:
+    """The `DECODER_SIZES` of the model that flags describe, those of a command or of a checkpoint.
+
+    Empty, or not all of them, if the flags don't say it.
+    """
+    named = MODELS[saved["model"]].keywords if saved.get("model") in MODELS else {}
+    sizes = {name: saved.get(name) or named.get(name) for name in DECODER_SIZES}
+    return {name: size for name, size in sizes.items() if size is not None}
 
 
 def build_saved(saved: Mapping[str, Any], in_chans: int) -> MaskedAutoencoderViT:

@@ -199,7 +199,8 @@ def test_missing_and_unexpected_keys_are_all_listed(global_pool, user_error):
     model = classifier(global_pool=global_pool)
     before = copy_of(model.state_dict())
     message = user_error(lambda: load_encoder(model, weights, "file.pth"))
-    reason = message.partition(" (a classifier has fc_norm")[0]
+    reason, _, hint = message.partition(" (")
+    assert hint == "it has layer scale, which no model here has)"
     assert reason == (
         f"file.pth does not fit the model: missing {', '.join(missing)}; "
         "unexpected extra.weight, blocks.1.ls1.gamma; of another shape blocks.1.attn.qkv.bias"

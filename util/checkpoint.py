@@ -8,19 +8,24 @@ import math
 import os
 import re
 import shutil
+import zlib
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import safetensors.torch
 import torch
 
+from util import conversion, libraries
 from util.errors import UserError, warn
 
 LAST = "checkpoint-last.pth"
 BEST = "checkpoint-best.pth"
 SAFETENSORS_ENTRY = "mae"  # of a .safetensors file's metadata
+# What data parallelism, torch.compile and training frameworks put in front of all keys.
+WRAPPERS = ("module.", "_orig_mod.", "model.", "encoder.", "backbone.")
 
 
 class TornCheckpoint(UserError):
@@ -151,35 +156,90 @@ def _sync_folder(folder: Path) -> None:
 
 
 def load_checkpoint(path: str | Path, mmap: bool = False) -> dict[str, Any]:
-    """The contents of a checkpoint file, on the CPU, unpickled without running any code.
+    """The contents of a checkpoint, on the CPU, unpickled without running any code.
 
     With `mmap`, tensors are read from the file when they are used, into memory that processes on
     a machine share.
 
     Accepts files of this project, the published {"model": ...} files (an argparse.Namespace under
-    "args" becomes a dict), bare state dicts, which are returned as {"model": ...}, and .safetensors
-    with what `save_safetensors` wrote beside the weights. An https:// address is downloaded once,
-    to torch.hub's folder.
+    "args" becomes a dict), .safetensors with what `save_safetensors` wrote beside the weights, and
+    weights that are bare or in an entry "state_dict", which are returned as {"model": ...}. An
+    https:// address of such a file is downloaded once, to torch.hub's folder. A folder of
+    transformers or timm is read with what its config says, see `libraries.describe`.
+
+    "model" has the published keys: those of transformers are converted, and the names of wrappers
+    that all keys begin with, such as "module.", are left out.
 
     Raises:
         TornCheckpoint: the file is torn, or holds something else.
-        UserError: it is missing, or can't be read just now.
+        UserError: it is missing, or can't be read just now; a folder's model can't be one of ours.
     """
     path = str(path)
-    contents = _download(path) if path.startswith("https://") else _read(path, mmap)
+    if path.startswith("https://"):
+        contents = _download(path)
+    elif os.path.isdir(path):
+        contents = _read_folder(Path(path))
+    else:
+        contents = _read(path, mmap)
+    no_weights = TornCheckpoint(f"{path} holds no model weights: not a checkpoint of a model")
     if not isinstance(contents, dict) or not contents:
-        raise TornCheckpoint(f"{path} holds no model weights: not a checkpoint of a model")
+        raise no_weights
     if all(isinstance(value, torch.Tensor) for value in contents.values()):
         contents = {"model": contents}
+    if "model" not in contents:
+        for entry in ("state_dict", "model_state_dict"):
+            if isinstance(contents.get(entry), dict):  # the other entries are another project's
+                contents = {"model": contents[entry]}
     model = contents.get("model")
     if not isinstance(model, dict):
         raise TornCheckpoint(f"{path} has no entry 'model': not a checkpoint of a model")
+    if not model:
+        raise no_weights
     if not all(isinstance(k, str) and isinstance(v, torch.Tensor) for k, v in model.items()):
         raise TornCheckpoint(f"{path} has values that are not tensors in its 'model'")
+    contents["model"] = _with_published_keys(model, path)
     if isinstance(contents.get("args"), argparse.Namespace):
         contents["args"] = vars(contents["args"])
     if not isinstance(contents.get("args", {}), dict):
         del contents["args"]  # of another project
+    if os.path.isdir(path) and "args" not in contents:
+        contents |= libraries.describe(Path(path), contents["model"])
+    return contents
+
+
+def _with_published_keys(weights: dict[str, torch.Tensor], path: str) -> dict[str, torch.Tensor]:
+    """Weights without the names of wrappers, and without transformers' names of layers."""
+    stripped = ""
+    while weights:
+        wrapper = next((w for w in WRAPPERS if all(key.startswith(w) for key in weights)), None)
+        if wrapper is None:
+            break
+        weights = {key.removeprefix(wrapper): weight for key, weight in weights.items()}
+        stripped += wrapper
+    if stripped.replace("module.", "").replace("_orig_mod.", ""):
+        warn(f"all keys of {path} begin with {stripped}, which is left out")
+    # Compiled blocks
+    weights = {key.replace("._orig_mod.", "."): weight for key, weight in weights.items()}
+    if not conversion.is_transformers(weights):
+        return weights
+    if not any(key.endswith(("query.bias", "q_proj.bias")) for key in weights):
+        warn(f"{path} has no biases of queries, keys and values: they are 0")
+    converted = conversion.from_transformers(weights)
+    without_pooler = {k: v for k, v in converted.items() if not k.startswith("pooler.dense.")}
+    if len(without_pooler) < len(converted):
+        warn(f"the pooler of {path} is left out: no model here has one")
+    return without_pooler
+
+
+def _read_folder(folder: Path) -> dict[str, Any]:
+    """The contents of a folder's weights, merged where they are in several files."""
+    contents: dict[str, Any] = {}
+    for file in libraries.weight_files(folder):
+        part = _read(str(file))
+        if not isinstance(part, dict):
+            raise TornCheckpoint(f"{file} holds no model weights: not a checkpoint of a model")
+        weights = part.pop("model") if file.suffix == ".safetensors" else part
+        contents = {**part, "model": contents.get("model", {}) | weights}
     return contents
 
 
@@ -192,11 +252,7 @@ def _read(path: str, mmap: bool = False) -> Any:
         if not os.path.isfile(path):
             os.stat(path)  # says what is wrong, unless it is a folder
             raise UserError(f"checkpoint {path} is no file")
-        if path.endswith(".safetensors"):
-            return _read_safetensors(path)
-        # From a Python file, so that a failing disk is an OSError and not torch's RuntimeError.
-        with torch.serialization.safe_globals([argparse.Namespace]), open(path, "rb") as file:
-            return torch.load(file, map_location="cpu", weights_only=True)
+        return _unpickle(path)
     except FileNotFoundError as error:
         raise UserError(f"checkpoint {path} does not exist") from error
     except UserError:
@@ -206,6 +262,14 @@ def _read(path: str, mmap: bool = False) -> Any:
             reason = getattr(error, "strerror", None) or _first_line(error)
             raise UserError(f"checkpoint {path} can't be read: {reason}") from error
         raise TornCheckpoint(f"{path} is torn or not a checkpoint: {_first_line(error)}") from error
+
+
+def _unpickle(path: str) -> Any:
+    if path.endswith(".safetensors"):
+        return _read_safetensors(path)
+    # From a Python file, so that a failing disk is an OSError and not torch's RuntimeError.
+    with torch.serialization.safe_globals([argparse.Namespace]), open(path, "rb") as file:
+        return torch.load(file, map_location="cpu", weights_only=True)
 
 
 def _read_safetensors(path: str) -> dict[str, Any]:
@@ -227,18 +291,21 @@ def _cannot_read_now(error: Exception) -> bool:
 
 
 def _download(address: str) -> Any:
+    file = Path(torch.hub.get_dir()) / "checkpoints" / Path(urlsplit(address).path).name
+    if file.suffix != ".pth":  # every model's file has the same name
+        file = file.with_name(f"{zlib.crc32(address.encode()):08x}-{file.name}")
     try:
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            return torch.hub.load_state_dict_from_url(
-                address, map_location="cpu", weights_only=True
-            )
+        if not file.exists():
+            file.parent.mkdir(parents=True, exist_ok=True)
+            torch.hub.download_url_to_file(address, str(file))
+        return _unpickle(str(file))
     except OSError as error:
         reason = getattr(error, "reason", None) or _first_line(error)
         raise UserError(f"{address} can't be downloaded: {reason}") from error
     except Exception as error:  # as above
         raise TornCheckpoint(
             f"{address} is torn or not a checkpoint: {_first_line(error)} "
-            f"(to download it again, remove it from {torch.hub.get_dir()}/checkpoints)"
+            f"(to download it again, remove it from {file.parent})"
         ) from error
 
 

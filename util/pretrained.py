@@ -2,6 +2,7 @@
 
 import math
 import zlib
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,21 @@ from torch import Tensor, nn
 
 from util.checkpoint import load_checkpoint
 from util.errors import UserError, warn
-from util.pos_embed import interpolate_pos_embed
+from util.pos_embed import guess_grid, interpolate_pos_embed, sincos_pos_embed_2d
+
+LISTED_KEYS = 8  # of a kind, in an error
+# What other vision transformers have, by a part of its keys.
+LACKING = {
+    "reg_token": "register tokens",
+    "dist_token": "a distillation token",
+    "distillation_token": "a distillation token",
+    ".ls1.": "layer scale",
+    ".lambda_1": "layer scale",
+    "norm_pre.": "a norm before the blocks",
+    ".q_norm.": "norms of queries and keys",
+    "attn_pool.": "attention pooling",
+    "relative_position": "relative positions",
+}
 
 
 def start_from(model: nn.Module, path: str | Path, contents: dict[str, Any] | None = None) -> int:
@@ -27,9 +42,142 @@ def start_from(model: nn.Module, path: str | Path, contents: dict[str, Any] | No
     """
     contents = load_checkpoint(path) if contents is None else contents
     weights = contents["model"]
+    check_heads(model, contents, path)
     load_encoder(model, weights, str(path), input_size=saved_input_size(contents))
     encoder = [k for k in model.state_dict() if k in weights and not k.startswith("head.")]
     return fingerprint({key: weights[key] for key in encoder})
+
+
+@dataclass(frozen=True)
+class AutoencoderStart:
+    """What `start_autoencoder_from` did.
+
+    Attributes:
+        fingerprint: of the weights that were loaded, in words.
+        summary: a line on what was loaded, what was not, and what the decoder predicts.
+        warnings: lines on what the user may not want.
+    """
+
+    fingerprint: str
+    summary: str
+    warnings: tuple[str, ...]
+
+
+def start_autoencoder_from(
+    model: nn.Module,
+    path: str | Path,
+    contents: dict[str, Any],
+    decoder_heads: int | None = None,
+) -> AutoencoderStart:
+    """Load a masked autoencoder, an encoder, or a classifier's encoder into an autoencoder.
+
+    Positions are those of the model's grid of patches, and channels are adapted. A decoder of
+    another size stays as it is, and so does everything that the weights lack.
+
+    Args:
+        model: a MaskedAutoencoderViT.
+        path: the checkpoint.
+        contents: what `load_checkpoint` returns for it.
+        decoder_heads: attention heads of its decoder; None if they are not known.
+
+    Raises:
+        UserError: the patch size, width or depth differs; a key of the encoder, or of a decoder
+            of the model's size, is missing; a key is unexpected.
+    """
+    source, warnings, notes = str(path), [], []
+    saved = contents.get("args") or {}
+    check_heads(model, contents, source)
+    _check_kind(contents["model"], source)
+    weights = _with_channels(contents["model"], model.in_chans, source)
+    own = model.state_dict()
+    _check_same_size(own, weights, source)
+    may_miss: tuple[str, ...] = ()
+    if any(key.startswith("head.") for key in weights):
+        notes.append("its head is left out")
+    if "fc_norm.weight" in weights and "norm.weight" not in weights:
+        notes.append("the encoder's norm starts anew, it has one of pooled features")
+        may_miss += ("norm.",)
+    has_decoder = any(key.startswith("decoder_") for key in weights)
+    flags = _decoder_flags(model, weights, decoder_heads) if has_decoder else None
+    if flags is not None:
+        warnings.append(
+            f"the decoder of {source} has another size, so this one starts at random"
+            f"{': its size is ' if flags else ''}{flags}"
+        )
+    elif not has_decoder:
+        warnings.append(
+            f"{source} has no decoder, so this one starts at random and pictures are noise for a "
+            "while: give the full file of the pre-training if you have it"
+        )
+    if flags is not None or not has_decoder:
+        notes.append("the decoder starts at random")
+        may_miss += ("decoder_", "mask_token")
+    left_out = ("head.", "fc_norm.", *may_miss)
+    weights = {key: weight for key, weight in weights.items() if not key.startswith(left_out)}
+    old_grid = _load_weights(
+        model, weights, source, saved_input_size(contents), may_miss, fixed_positions=True
+    )
+    new_grid = model.patch_embed.grid_size
+    if old_grid != new_grid:
+        grids = (" x ".join(map(str, grid)) for grid in (old_grid, new_grid))
+        notes.append("positions of {} patches become those of {}".format(*grids))
+    loaded = "encoder"
+    if "decoder_embed.weight" in weights:
+        width, blocks = own["decoder_embed.weight"].shape[0], model.decoder_blocks
+        size = f"width {width}, {len(blocks)} blocks, {blocks[0].attn.num_heads} heads"
+        loaded = f"encoder and decoder ({size})"
+    targets = {True: "normalised", False: "raw", None: None}
+    theirs, ours = targets.get(saved.get("norm_pix_loss")), targets[model.norm_pix_loss]
+    if theirs is not None:
+        notes.append(f"it was trained to predict {theirs} pixels")
+    elif "head.weight" not in contents["model"]:
+        notes.append("it doesn't say whether it was trained to predict raw or normalised pixels")
+    if theirs not in (None, ours) and loaded != "encoder":
+        warnings.append(
+            f"{source} predicts {theirs} pixels, but this run {ours} ones, which its decoder has "
+            f"to learn anew: {'add' if theirs == 'normalised' else 'leave out'} --norm_pix_loss "
+            "to go on as it was trained"
+        )
+    return AutoencoderStart(
+        fingerprint=f"weights {fingerprint({k: weights[k] for k in own if k in weights}):08x}",
+        summary=f"starting from {source}: {'; '.join([f'{loaded} loaded', *notes])}",
+        warnings=tuple(warnings),
+    )
+
+
+def _decoder_flags(model: nn.Module, weights: dict[str, Tensor], heads: int | None) -> str | None:
+    """The flags that give the decoder in `weights` its size; None if it has the model's."""
+    own = model.state_dict()
+    blocks = {key.split(".")[1] for key in weights if key.startswith("decoder_blocks.")}
+    width = weights["decoder_embed.weight"].shape[0] if "decoder_embed.weight" in weights else None
+    sizes = {
+        "embed_dim": (width, len(own["decoder_embed.weight"])),
+        "depth": (len(blocks), len(model.decoder_blocks)),
+        "num_heads": (heads, model.decoder_blocks[0].attn.num_heads),
+    }
+    flags = [
+        f"--decoder_{name} {theirs}"
+        for name, (theirs, ours) in sizes.items()
+        if theirs not in (None, ours)
+    ]
+    other_shapes = any(
+        own[key].shape != weights[key].shape
+        for key in own.keys() & weights.keys()
+        if key.startswith("decoder_") and key != "decoder_pos_embed"
+    )
+    return " ".join(flags) if flags or other_shapes else None
+
+
+def check_heads(model: nn.Module, contents: dict[str, Any], source: str | Path) -> None:
+    """Refuse, with a UserError, an encoder of another number of attention heads.
+
+    No shape shows it. Files of other libraries say it in a folder's config.
+    """
+    theirs, ours = (contents.get("args") or {}).get("num_heads"), model.blocks[0].attn.num_heads
+    if theirs not in (None, ours):
+        raise UserError(
+            f"{source} has {theirs} attention heads, the model {ours}: choose another --model"
+        )
 
 
 def saved_input_size(contents: dict[str, Any]) -> int | tuple[int, int] | None:
@@ -92,20 +240,40 @@ def load_encoder(
             fc_norm's, under global pooling) is missing; a key other than the head's, the decoder's
             (and norm's, under global pooling) is unexpected.
     """
+    _check_kind(state_dict, source)
     ignored = ["head.", "decoder_", "mask_token"]
     if not hasattr(model.norm, "weight"):  # fc_norm normalises the mean of the tokens instead
         ignored.append("norm.")
     weights = {k: v for k, v in state_dict.items() if not k.startswith(tuple(ignored))}
-    in_chans = model.patch_embed.proj.in_channels
-    if _in_chans(weights) == 3 and in_chans != 3:
-        weights = adapt_channels(weights, in_chans)
-        warn(f"{source} has 3 channels: its patch projection is adapted to {in_chans}")
+    weights = _with_channels(weights, model.patch_embed.proj.in_channels, source)
     _load_weights(model, weights, source, input_size, may_miss=("head.", "fc_norm."))
 
 
-def _in_chans(weights: dict[str, Tensor]) -> int | None:
+def _check_kind(weights: dict[str, Tensor], source: str) -> None:
+    """Refuse, with a UserError, what is no vision transformer."""
+    if not any(key.startswith("blocks.") for key in weights):
+        raise UserError(
+            f"{source} holds none of the models that can be loaded here, which are ViTs of this "
+            f"project, timm or transformers: its keys are {_few(list(weights), 3)}"
+        )
+
+
+def _few(keys: list[str], most: int = LISTED_KEYS) -> str:
+    """The first of the keys, and how many there are."""
+    rest = len(keys) - most
+    return ", ".join(keys[:most]) + (f" and {rest} more" if rest > 0 else "")
+
+
+def _with_channels(weights: dict[str, Tensor], in_chans: int, source: str) -> dict[str, Tensor]:
+    """Weights for a model of `in_chans`; those of three channels are adapted, and that is said."""
     projection = weights.get("patch_embed.proj.weight")
-    return projection.shape[1] if projection is not None and projection.ndim == 4 else None
+    if projection is None or projection.ndim != 4 or projection.shape[1] != 3 or in_chans == 3:
+        return weights
+    adapted = "patch projection is"
+    if "decoder_pred.weight" in weights:
+        adapted = "patch projection and the decoder's last layer are"
+    warn(f"{source} has 3 channels: its {adapted} adapted to {in_chans}")
+    return adapt_channels(weights, in_chans)
 
 
 def adapt_channels(state_dict: dict[str, Tensor], in_chans: int) -> dict[str, Tensor]:
@@ -137,6 +305,8 @@ def load_classifier(
 ) -> None:
     """Load a whole classifier: like `load_encoder`, but no key may be missing."""
     head = state_dict.get("head.weight")
+    if head is not None or "head.1.weight" not in state_dict:
+        _check_kind(state_dict, source)
     if head is None:
         kind = "the head of a linear probe, evaluate it by main_linprobe.py"
         if "head.1.weight" not in state_dict:
@@ -157,38 +327,63 @@ def _load_weights(
     source: str,
     input_size: int | tuple[int, int] | None,
     may_miss: tuple[str, ...],
-) -> None:
+    fixed_positions: bool = False,
+) -> tuple[int, int]:
+    """Load weights whose keys, sizes and positions fit; returns the grid of their patches.
+
+    With `fixed_positions`, sine-cosine tables are those of the model's grid, and not resampled.
+    """
     own = model.state_dict()
     for key in weights:
         if key in own and weights[key].ndim != own[key].ndim:
             raise UserError(f"{source} has {weights[key].ndim}, not {own[key].ndim} axes in {key}")
     _check_same_size(own, weights, source)
     weights = dict(weights)
+    old_grid = new_grid = model.patch_embed.grid_size
     if "pos_embed" in weights:
-        weights["pos_embed"] = _resample_positions(model, weights, source, input_size)
+        old_grid = _grid_of(model, weights["pos_embed"], source, input_size)
+    tables = {"pos_embed", "decoder_pos_embed"} & weights.keys() if old_grid != new_grid else ()
+    for key in tables:
+        table = weights[key]
+        if table.shape[1] != 1 + math.prod(old_grid):
+            continue  # an error below
+        expected = sincos_pos_embed_2d(table.shape[2], old_grid, cls_token=True)
+        if fixed_positions and torch.allclose(table[0].float(), expected, atol=1e-3):
+            weights[key] = own[key]
+            continue
+        if input_size is None:
+            warn(
+                f"{source} doesn't say its input_size: the shape of its grid of "
+                f"{math.prod(old_grid)} patches is guessed, and resampled to "
+                f"{new_grid[0]} x {new_grid[1]}"
+            )
+        weights[key] = interpolate_pos_embed(table, new_grid, old_grid=old_grid)
     problems = {
         "missing": [k for k in own if k not in weights and not k.startswith(may_miss)],
         "unexpected": [k for k in weights if k not in own],
         "of another shape": [k for k in own if k in weights and own[k].shape != weights[k].shape],
     }
     if any(problems.values()):
-        listed = [f"{problem} {', '.join(keys)}" for problem, keys in problems.items() if keys]
+        listed = [f"{problem} {_few(keys)}" for problem, keys in problems.items() if keys]
         hint = ""
-        if {"norm.weight", "fc_norm.weight"} & {key for keys in problems.values() for key in keys}:
+        kinds = {kind for part, kind in LACKING.items() for key in weights if part in key}
+        if kinds:
+            hint = f" (it has {' and '.join(sorted(kinds))}, which no model here has)"
+        elif {"norm.weight", "fc_norm.weight"} & {k for keys in problems.values() for k in keys}:
             hint = " (a classifier has fc_norm with --global_pool and norm with --cls_token)"
         raise UserError(f"{source} does not fit the model: {'; '.join(listed)}{hint}")
     model.load_state_dict(weights, strict=False)
+    return old_grid
 
 
-def _resample_positions(
+def _grid_of(
     model: nn.Module,
-    weights: dict[str, Tensor],
+    table: Tensor,
     source: str,
     input_size: int | tuple[int, int] | None,
-) -> Tensor:
-    """The position table in `weights` on the model's grid, which may differ from its own."""
-    table, new_grid = weights["pos_embed"], model.patch_embed.grid_size
-    positions = table.shape[1] - 1
+) -> tuple[int, int]:
+    """The (height, width) of the grid of a position table [1, 1 + L, D], guessed if need be."""
+    positions, new_grid = table.shape[1] - 1, model.patch_embed.grid_size
     if input_size is not None:
         height, width = (input_size, input_size) if isinstance(input_size, int) else input_size
         patch_h, patch_w = model.patch_embed.patch_size
@@ -198,18 +393,11 @@ def _resample_positions(
                 f"{source} has {positions} positions, but says that it was trained on images of "
                 f"{height} x {width} pixels, which have {math.prod(old_grid)} patches"
             )
-        return interpolate_pos_embed(table, new_grid, old_grid=old_grid)
+        return old_grid
     try:
-        resampled = interpolate_pos_embed(table, new_grid)
+        return guess_grid(table[0, 1:], likely=new_grid)
     except ValueError as error:
         raise UserError(f"{source} has positions that can't be resampled: {error}") from error
-    if resampled is not table:
-        warn(
-            f"{source} doesn't say its input_size: the shape of its grid of {positions} patches "
-            "is guessed, and resampled to "
-            f"{new_grid[0]} x {new_grid[1]}"
-        )
-    return resampled
 
 
 def _check_same_size(own: dict[str, Tensor], weights: dict[str, Tensor], source: str) -> None:

@@ -1,0 +1,195 @@
+"""Folders in which transformers and timm keep a model: the files of its weights, its config."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from torch import Tensor
+
+from util.errors import UserError, warn
+
+WEIGHTS = ("model.safetensors", "pytorch_model.bin")  # or, for several files, NAME.index.json
+NORM_EPS = 1e-6  # of all models here
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The files that hold the weights of the model in a folder.
+
+    Raises:
+        UserError: there are none.
+    """
+    for name in WEIGHTS:
+        if (folder / name).is_file():
+            return [folder / name]
+        index = folder / f"{name}.index.json"
+        if index.is_file():
+            names = sorted(set(_read_json(index).get("weight_map", {}).values()))
+            if names and all(Path(name).name == name for name in names):
+                return [folder / name for name in names]
+            raise UserError(f"{index} names no files of weights in its folder")
+    checkpoints = sorted(path.name for path in folder.glob("*.pth"))
+    hint = f": name one of its checkpoints, such as {folder / checkpoints[-1]}"
+    raise UserError(
+        f"{folder} is a folder without a model: it has no {' and no '.join(WEIGHTS)}"
+        f"{hint if checkpoints else ''}"
+    )
+
+
+def describe(folder: Path, weights: dict[str, Tensor]) -> dict[str, Any]:
+    """What a folder says about its model, as entries of a checkpoint: "args", and "classes".
+
+    "args" has, where the folder says them, the flags "input_size", "in_chans", "mean", "std",
+    "mask_ratio", "norm_pix_loss", those of the decoder's size, "global_pool", "nb_classes", and
+    "num_heads", the encoder's attention heads.
+
+    Args:
+        folder: with config.json, and preprocessor_config.json from transformers.
+        weights: the model's, under the published keys.
+
+    Raises:
+        UserError: it is a model that the ones here can't represent.
+    """
+    config = _read_json(folder / "config.json")
+    if "model_type" in config:
+        args, labels = _of_transformers(folder, config, weights)
+    elif "architecture" in config:
+        args, labels = _of_timm(folder, config, weights)
+    else:
+        return {}
+    about: dict[str, Any] = {"args": {k: v for k, v in args.items() if v is not None}}
+    if "head.weight" in weights:
+        about["args"]["nb_classes"] = len(weights["head.weight"])
+        if len(labels) == len(weights["head.weight"]):
+            about["classes"] = labels
+    return about
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file; an empty one if there is no file."""
+    try:
+        content = json.loads(path.read_bytes()) if path.exists() else {}
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} can't be read: {error}") from error
+    return content if isinstance(content, dict) else {}
+
+
+def _of_transformers(
+    folder: Path, config: dict[str, Any], weights: dict[str, Tensor]
+) -> tuple[dict[str, Any], list[str]]:
+    kind = config["model_type"]
+    if kind not in ("vit_mae", "vit", "beit"):
+        raise UserError(
+            f"{folder} holds transformers' model {kind}: only vit_mae and vit are models of here"
+        )
+    _check_activation(folder, config.get("hidden_act"))
+    eps = config.get("layer_norm_eps", NORM_EPS)
+    if not math.isclose(eps, NORM_EPS):
+        warn(
+            f"{folder} was trained with layer_norm_eps {eps:g}, the models here have "
+            f"{NORM_EPS:g}: outputs differ a little"
+        )
+    args = {
+        "num_heads": config.get("num_attention_heads"),
+        "input_size": _matching_size([config.get("image_size")], weights),
+    }
+    if "decoder_pred.weight" in weights:
+        args |= {
+            "norm_pix_loss": config.get("norm_pix_loss"),
+            "mask_ratio": config.get("mask_ratio"),
+            "decoder_embed_dim": config.get("decoder_hidden_size"),
+            "decoder_depth": config.get("decoder_num_hidden_layers"),
+            "decoder_num_heads": config.get("decoder_num_attention_heads"),
+        }
+    if "head.weight" in weights:
+        args["global_pool"] = "fc_norm.weight" in weights
+    processor = _read_json(folder / "preprocessor_config.json")
+    mean, std = processor.get("image_mean"), processor.get("image_std")
+    if processor and not processor.get("do_normalize", True):
+        mean, std = 0.0, 1.0
+    if mean is not None and std is not None:
+        rescale = 255 * processor.get("rescale_factor", 1 / 255)
+        scale = rescale if processor.get("do_rescale", True) else 255.0
+        args |= _pixels(folder, mean, std, weights, scale)
+    labels = [name for _, name in sorted(_by_number(config.get("id2label")).items())]
+    return args, [] if any(name.startswith("LABEL_") for name in labels) else labels
+
+
+def _of_timm(
+    folder: Path, config: dict[str, Any], weights: dict[str, Tensor]
+) -> tuple[dict[str, Any], list[str]]:
+    model, pretrained = config.get("model_args") or {}, config.get("pretrained_cfg") or config
+    _check_activation(folder, model.get("act_layer"))
+    size = pretrained.get("input_size")
+    args = {
+        "num_heads": model.get("num_heads"),
+        "input_size": _matching_size([size and size[1:], model.get("img_size")], weights),
+    }
+    if "head.weight" in weights:
+        args["global_pool"] = config.get("global_pool", model.get("global_pool")) == "avg"
+    if pretrained.get("mean") is not None and pretrained.get("std") is not None:
+        args |= _pixels(folder, pretrained["mean"], pretrained["std"], weights)
+    labels = config.get("label_names") or pretrained.get("label_names") or []
+    if isinstance(labels, dict):
+        labels = [name for _, name in sorted(_by_number(labels).items())]
+    return args, [str(name) for name in labels]
+
+
+def _check_activation(folder: Path, name: Any) -> None:
+    if name not in (None, "gelu"):
+        raise UserError(f"{folder} has the activation {name}, which no model here has: only gelu")
+
+
+def _by_number(names: Any) -> dict[int, str]:
+    """A config's table of names, whose keys JSON has made strings."""
+    if not isinstance(names, dict) or not all(str(number).isdigit() for number in names):
+        return {}
+    return {int(number): str(name) for number, name in names.items()}
+
+
+def _matching_size(sizes: list[Any], weights: dict[str, Tensor]) -> int | tuple[int, int] | None:
+    """The first of these image sizes that has as many patches as the weights have positions.
+
+    A config may tell the size that an architecture usually has, instead of the model's.
+    """
+    table, projection = weights.get("pos_embed"), weights.get("patch_embed.proj.weight")
+    if table is None or projection is None or table.ndim != 3 or projection.ndim != 4:
+        return None
+    patch_h, patch_w = projection.shape[2:]
+    for size in sizes:
+        match size:
+            case int():
+                height, width = size, size
+            case [int(height), int(width)]:
+                pass
+            case _:
+                continue
+        if (height // patch_h) * (width // patch_w) == table.shape[1] - 1:
+            return height if height == width else (height, width)
+    return None
+
+
+def _pixels(
+    folder: Path, mean: Any, std: Any, weights: dict[str, Tensor], scale: float = 1.0
+) -> dict[str, Any]:
+    """The bands, and their mean and std on the scale from 0 to 1; `scale` is what 1 was then."""
+    projection = weights.get("patch_embed.proj.weight")
+    if projection is None or projection.ndim != 4:
+        return {}
+    in_chans = projection.shape[1]
+    figures: dict[str, Any] = {"in_chans": in_chans}
+    for name, values in (("mean", mean), ("std", std)):
+        values = values if isinstance(values, list) else [values]
+        values = values * in_chans if len(values) == 1 else values
+        if len(values) != in_chans:
+            warn(
+                f"{folder} has {name} of {len(values)} bands for {in_chans} of its model: "
+                "it is ignored, give --mean and --std"
+            )
+            return {}
+        figures[name] = tuple(round(value / scale, 12) for value in values)
+    if figures["mean"] != IMAGENET_DEFAULT_MEAN or figures["std"] != IMAGENET_DEFAULT_STD:
+        mean, std = (" ".join(f"{x:g}" for x in figures[name]) for name in ("mean", "std"))
+        warn(f"{folder} normalises by mean {mean} and std {std}, not by ImageNet's: so do we")
+    return figures
