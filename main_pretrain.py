@@ -24,6 +24,7 @@ from util import (
     cli,
     data,
     distributed,
+    exporting,
     flags,
     image_files,
     loading,
@@ -156,6 +157,7 @@ def pretrain(args, process, amp_dtype):
     # ---- resume
     signals = stopping.StopSignals()
     state = training.TrainingState(model, optimizer, scaler)
+    about = {"command": "main_pretrain.py", "args": vars(args)}
     checkpoints = training.Checkpoints(
         args.output_dir,
         process,
@@ -169,7 +171,7 @@ def pretrain(args, process, amp_dtype):
             "init": start and start.fingerprint,
         },
         defaults=flags.fixed_by_default(get_args_parser()) | pixels.RGB.stored(),
-        contents={"command": "main_pretrain.py", "args": vars(args)},
+        contents=about,
         epochs=args.epochs,
         save_every=args.save_every,
         save_minutes=args.save_minutes,
@@ -237,7 +239,12 @@ def pretrain(args, process, amp_dtype):
             checkpoints.stop_if_asked(state)
             state.begin_next_epoch()
         checkpoints.finish()
-    log.line(f"done: {args.epochs} epochs, see {args.output_dir}")
+        saved = process.is_main and exporting.save_encoder(args.output_dir, model, about)
+        saved = distributed.gather(saved)[0]  # no process leaves before the file is whole
+    log.line(
+        f"done: {args.epochs} epochs, see {args.output_dir}"
+        + (f", encoder in {saved}" if saved else "")
+    )
 
 
 def take_decoder_sizes(args, origin):

@@ -168,7 +168,7 @@ class Checkpoints:
 
     def _check_same_training(self, contents: dict[str, Any], path: str | Path) -> None:
         command = self.contents["command"]
-        if contents.get("command") != command:
+        if contents.get("command") != command or "optimizer" not in contents:
             raise UserError(
                 f"{path} is not a training state of {command} and can't be resumed: "
                 "use another --output_dir"

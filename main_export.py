@@ -1,0 +1,218 @@
+"""Export a pre-trained model or a classifier to timm, to transformers, or as .safetensors.
+
+    python main_export.py --checkpoint output_dir/checkpoint-last.pth --format timm --output DIR
+    python main_export.py --checkpoint output_dir/checkpoint-last.pth --format transformers \\
+        --part encoder --output DIR
+    python main_export.py --checkpoint finetuned/checkpoint-best.pth --format transformers \\
+        --output DIR
+
+Writes a folder with the weights, the library's settings, and a README.md that says what the model
+is, what to feed it and how to load it. The folder can be pushed to a model hub as it is.
+"""
+
+from pathlib import Path
+
+import util.threads  # noqa: F401  before torch, whose threads it sets
+
+# isort: split
+import torch
+
+import models_mae
+import models_vit
+from util import cli, exporting, flags, model_card, pixels, pretrained
+from util.checkpoint import load_checkpoint
+from util.errors import UserError
+
+
+def get_args_parser():
+    parser = cli.ArgumentParser(description=__doc__)
+    parser.add_argument(
+        "--checkpoint",
+        type=cli.path,
+        required=True,
+        metavar="CKPT",
+        help="of main_pretrain.py, main_finetune.py or main_linprobe.py, or a released one",
+    )
+    parser.add_argument(
+        "--format", choices=exporting.FORMATS, required=True, help="safetensors is for this project"
+    )
+    parser.add_argument(
+        "--output", type=cli.path, required=True, metavar="DIR", help="a new or empty folder"
+    )
+    parser.add_argument(
+        "--part",
+        choices=["autoencoder", "encoder"],
+        help="what of a pre-training; if not given, the whole autoencoder where the format holds "
+        "it: timm holds the encoder",
+    )
+    parser.add_argument(
+        "--global_pool",
+        choices=["avg", "token"],
+        help="what timm pools of an encoder: the mean of the patch tokens or the class token; if "
+        "not given, avg, as main_finetune.py does; a classifier has its own",
+    )
+    parser.add_argument(
+        "--finetune",
+        type=cli.path,
+        metavar="CKPT",
+        help="the encoder of a linear probe; if not given, the file that was probed",
+    )
+    flags.add_pixel_flags(parser)
+    unsaid = parser.add_argument_group(
+        "For checkpoints that hold only weights", "this project's checkpoints store all of this"
+    )
+    unsaid.add_argument("--model", metavar="NAME", help="name of the model")
+    flags.add_input_size_flag(unsaid, default=None)
+    unsaid.add_argument(
+        "--norm_pix_loss", action="store_true", default=None, help="it predicts normalised pixels"
+    )
+    unsaid.add_argument("--no_norm_pix_loss", action="store_false", dest="norm_pix_loss")
+    return parser
+
+
+def main(args):
+    # ---- setup
+    output = Path(args.output)
+    exporting.check_output(output)
+    cli.make_writable(output.resolve().parent, "folder of --output")
+
+    # ---- checkpoint
+    contents = load_checkpoint(args.checkpoint)
+    holds = exporting.part_in(contents["model"])
+    if args.finetune and holds != "probe":
+        raise UserError(f"--finetune is for a linear probe, which {args.checkpoint} is not")
+    if holds == "probe":
+        contents, holds = unite_probe(contents, args.checkpoint, args.finetune), "classifier"
+    part = exporting.choose_part(holds, args.part, args.format, args.checkpoint)
+    if args.global_pool and (part, args.format) != ("encoder", "timm"):
+        raise UserError("--global_pool is for an encoder in timm's format: leave it out")
+
+    # ---- model
+    pixel_format = pixels.resolve(vars(args), contents, args.checkpoint)
+    given = {name: getattr(args, name) for name in ("model", "input_size", "norm_pix_loss")}
+    config = describe(contents, given, part, args.checkpoint)
+    with torch.device("meta"):  # its shapes are needed, and no weights
+        model = build_model(config, part, pixel_format.in_chans)
+    weights = exporting.take_part(model, contents["model"], part, args.checkpoint)
+    classes, global_pool = None, args.global_pool or "avg"
+    if part == "classifier":
+        classes = contents.get("classes") or []
+        global_pool = "avg" if config["global_pool"] else "token"
+
+    # ---- files
+    if args.format == "timm":
+        folder = exporting.for_timm(output, model, weights, global_pool, classes, pixel_format)
+    elif args.format == "transformers":
+        folder = exporting.for_transformers(
+            output,
+            model,
+            weights,
+            part,
+            global_pool,
+            classes,
+            pixel_format,
+            mask_ratio=(contents.get("args") or {}).get("mask_ratio", 0.75),
+        )
+    else:
+        about = {name: contents[name] for name in SAID if name in contents}
+        about["args"] = (contents.get("args") or {}) | config | pixel_format.stored()
+        if about.get("command") == "main_linprobe.py":
+            about["command"] = "main_finetune.py"  # whose checkpoints are whole classifiers, too
+        folder = exporting.for_safetensors(output, weights, part, about)
+    card = model_card.model_card(
+        f"{config['model']}, {part}",
+        what(part, model),
+        loading=folder.example,
+        library=folder.library,
+        task="image-classification" if part == "classifier" else "image-feature-extraction",
+        remarks=folder.remarks,
+        inputs=model_card.input_lines(model.patch_embed.img_size, pixel_format),
+        recipe=model_card.recipe_lines(contents),
+        figures=model_card.logged_figures(args.checkpoint, contents),
+    )
+    exporting.write_folder(output, folder, card)
+
+    # ---- what there is now
+    parameters = sum(weight.numel() for weight in weights.values())
+    print(
+        f"{output}: {part} of {args.checkpoint}, {config['model']}, {parameters / 1e6:.1f} M "
+        f"parameters, for {args.format}"
+    )
+    for remark in folder.remarks:
+        print(remark.replace("`", ""))
+    mean, std = (" ".join(f"{v:.6g}" for v in vs) for vs in (pixel_format.mean, pixel_format.std))
+    print(f"its input is on the scale from 0 to 1, less the mean {mean}, over the std {std}")
+    print(f"to load it: {folder.load}")
+
+
+SAID = ("command", "classes", "epoch", "step", "totals", "training", "versions")  # in .safetensors
+
+
+def describe(contents, given, part, path):
+    """The flags that define a checkpoint's model: its own, or else those that are given."""
+    saved, weights = contents.get("args") or {}, contents["model"]
+    needed = ("model", "input_size", *(["norm_pix_loss"] if part == "autoencoder" else []))
+    config = {}
+    for name, value in given.items():
+        if name in saved and value not in (None, saved[name]):
+            raise UserError(f"{path} says {name} {saved[name]}: leave out --{name}")
+        value = saved.get(name, value)
+        if value is not None:
+            config[name] = value
+        elif name in needed:
+            raise UserError(f"{path} does not say its {name}: add --{name}")
+    config |= {name: saved[name] for name in models_mae.DECODER_SIZES if saved.get(name)}
+    if part == "classifier":
+        config["nb_classes"] = len(weights["head.weight"])
+        config["global_pool"] = saved.get("global_pool", "fc_norm.weight" in weights)
+    return config
+
+
+def build_model(config, part, in_chans):
+    """The model whose weights a part is."""
+    if part == "classifier":
+        return models_vit.build_saved(config, in_chans)
+    if part == "encoder" and config["model"] in models_vit.MODELS:
+        return models_vit.build_saved(config | {"nb_classes": 0, "global_pool": False}, in_chans)
+    return models_mae.build_saved({"norm_pix_loss": False} | config, in_chans)
+
+
+def unite_probe(contents, path, finetune):
+    """The contents of a classifier: a linear probe's head on the encoder that it probed."""
+    if "training" not in contents:
+        raise UserError(
+            f"{path} does not say which encoder its probe is of: take main_linprobe.py's"
+        )
+    saved = contents["args"]
+    origin = finetune or saved["finetune"]
+    try:
+        start = load_checkpoint(origin)
+    except UserError as error:
+        raise UserError(
+            f"{path} is a linear probe's head: {error}; give its encoder by --finetune"
+        ) from error
+    model = models_vit.build_saved(saved, saved["in_chans"])
+    encoder = pretrained.start_from(model, origin, start)
+    if encoder != contents["training"]["encoder"]:
+        raise UserError(f"{path} is a probe of a different encoder than {origin}")
+    weights = model.state_dict() | exporting.fold_probe(contents["model"])
+    return {**contents, "model": weights}
+
+
+def what(part, model):
+    """A sentence on what a part is."""
+    if part == "classifier":
+        return (
+            f"An image classifier of {len(model.head.weight)} classes: a vision transformer whose "
+            f"encoder may have been pre-trained as a masked autoencoder, see {model_card.PAPER}."
+        )
+    if part == "encoder":
+        return (
+            "A vision transformer, the encoder of a masked autoencoder, pre-trained without labels "
+            f"as in {model_card.PAPER}. It is to be fine-tuned, probed, or used for features."
+        )
+    return f"A masked autoencoder, encoder and decoder, pre-trained as in {model_card.PAPER}."
+
+
+if __name__ == "__main__":
+    cli.run(main, get_args_parser())
