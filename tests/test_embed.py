@@ -182,7 +182,9 @@ def test_bands_and_rectangles_are_read_from_the_checkpoint(tmp_path):
 # ---- the same bytes
 
 
-def test_the_file_does_not_depend_on_how_it_is_computed(folder, pretraining, tmp_path, monkeypatch):
+def test_the_file_does_not_depend_on_how_it_is_computed(
+    folder, pretraining, tmp_path, capsys, monkeypatch
+):
     """A batch of all sizes: 8-bit and 16-bit images in one, unreadable ones, parts of blocks."""
     images = tmp_path / "images"
     fill(images, ["c/torn.jpg"], encode("JPEG")[:500])
@@ -190,8 +192,10 @@ def test_the_file_does_not_depend_on_how_it_is_computed(folder, pretraining, tmp
         (images / link).symlink_to(folder / link)
     flags = {"checkpoint": pretraining[0], "data_path": images, "device": "cpu"}
     monkeypatch.setattr(main_embed, "BLOCK_TOKENS", 3 * 4)
+    monkeypatch.setattr(main_embed, "SECONDS_BETWEEN_LINES", 0)
     first = tmp_path / "first.npz"
     embed(**flags, output=first)
+    assert "\n3 of 8 images  eta 0:00:00  " in capsys.readouterr().out
     for size, workers in ((1, 0), (3, 2), (64, 2)):
         embed(**flags, output=tmp_path / "x.npz", batch_size=size, num_workers=workers)
         assert (tmp_path / "x.npz").read_bytes() == first.read_bytes()
