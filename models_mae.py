@@ -267,6 +267,14 @@ def build_model(name: str, **config: Any) -> MaskedAutoencoderViT:
     return MODELS[name](**config)
 
 
+DECODER = (
+    "decoder_embed",
+    "mask_token",
+    "decoder_pos_embed",
+    "decoder_blocks",
+    "decoder_norm",
+    "decoder_pred",
+)
 DECODER_SIZES = ("decoder_embed_dim", "decoder_depth", "decoder_num_heads")
 
 
@@ -299,3 +307,14 @@ def build_saved(saved: Mapping[str, Any], in_chans: int) -> MaskedAutoencoderViT
         norm_pix_loss=saved["norm_pix_loss"],
         **decoder,
     )
+
+
+def build_encoder(saved: Mapping[str, Any], in_chans: int) -> MaskedAutoencoderViT:
+    """As `build_saved`, but without a decoder: for the features of whole images, not for `forward`.
+
+    `saved` need not hold "norm_pix_loss".
+    """
+    model = build_saved({"norm_pix_loss": False, **saved}, in_chans)
+    for name in DECODER:
+        delattr(model, name)
+    return model

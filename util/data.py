@@ -93,12 +93,19 @@ def _random_flip(flip: bool) -> nn.Module | None:
     return v2.RandomHorizontalFlip() if flip else None
 
 
-def eval_transform(input_size: Size) -> Transform:
-    """Bicubic resize to 256 / 224 of the input size (up to 224 pixels), and a centre crop."""
+def eval_transform(input_size: Size, as_floats: bool = False) -> Transform:
+    """Bicubic resize to 256 / 224 of the input size (up to 224 pixels), and a centre crop.
+
+    `as_floats` gives floats for 8-bit images too: their bits then don't depend on what else is in
+    a batch.
+    """
     height, width = crop = to_2tuple(input_size)
     if max(crop) <= 224:
         height, width = height * 256 // 224, width * 256 // 224
-    return ResizeToCover((height, width), v2.CenterCrop(crop))
+    then: list[nn.Module] = [v2.CenterCrop(crop)]
+    if as_floats:
+        then.append(v2.Lambda(to_float))
+    return ResizeToCover((height, width), v2.Compose(then))
 
 
 def picture_transform(input_size: Size) -> Transform:

@@ -119,14 +119,14 @@ def add_device_flag(parser: argparse._ActionsContainer) -> None:
     )
 
 
-def add_source_flags(group: argparse._ActionsContainer) -> None:
+def add_source_flags(group: argparse._ActionsContainer, required: bool = True) -> None:
     """Where images come from, and how many processes read them."""
     free = MayChange(group)
     free.add_argument(
         "--data_path",
         type=path,
         metavar="PATH",
-        required=True,
+        required=required,
         help="folder of the images, or of tar shards, or a text file of paths",
     )
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()

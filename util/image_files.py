@@ -2,15 +2,16 @@
 
 import os
 import zlib
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import torch
 
-from util.decoding import ImageSource, image_suffixes
+from util.decoding import ImageSource, image_suffixes, printable
 from util.errors import UserError, warn
 from util.pixels import RGB, PixelFormat
-from util.searching import read_list, search_folder
+from util.searching import Found, read_list, search_folder
 from util.shards import ShardImages, find_shards
 from util.survey import count, first_names, passed_over, survey
 
@@ -60,6 +61,31 @@ class ImagePaths:
             raise UserError(
                 f"{root} has no images ({suffixes}) in it or below{also and f'; {also}'}"
             )
+        self._keep(names, folders)
+
+    @classmethod
+    def named(cls, files: Sequence[str], origin: str) -> "ImagePaths":
+        """Files that are named one by one, in no class; their names are as they are given.
+
+        Args:
+            files: their paths.
+            origin: what messages call them all.
+
+        Raises:
+            UserError: one is missing, or no file.
+        """
+        for file in files:
+            if not os.path.isfile(file):
+                problem = "is a folder: use --data_path" if os.path.isdir(file) else "doesn't exist"
+                raise UserError(f"{origin} {printable(file)} {problem}")
+        self = cls.__new__(cls)
+        self.origin, self.root = origin, b""
+        self.found = Found(images=Counter(os.path.splitext(file)[1].lower() for file in files))
+        self._keep([os.fsencode(file) for file in files], [b""] * len(files))
+        return self
+
+    def _keep(self, names: list[bytes], folders: list[bytes]) -> None:
+        """Store the names, relative to `root`, and for each the folder that is its class."""
         self.fingerprint = zlib.crc32(b"\0".join(names))
         number = {folder: index for index, folder in enumerate(sorted(set(folders)))}
         self.classes = [os.fsdecode(folder) for folder in number]
@@ -75,6 +101,10 @@ class ImagePaths:
         start = self._ends[index - 1].item() if index else 0
         name = self._names[start : self._ends[index].item()].numpy().tobytes()
         return os.fsdecode(os.path.join(self.root, name))
+
+    def name(self, index: int) -> str:
+        """The image's path relative to `root`; as it stands in the list, if there is one."""
+        return self[index].removeprefix(os.path.join(os.fsdecode(self.root), ""))
 
     def source(self, index: int) -> ImageSource:
         """The image, to be decoded."""
@@ -146,6 +176,30 @@ def find_images(
                 )
         images = ImagePaths(place, HELD_OUT)
     images.has_8_bits = survey(images, pixels, held_out=split != "train", as_stored=as_stored)
+    return images
+
+
+def find_images_to_embed(
+    data_path: str | Path, split: str | None = None, pixels: PixelFormat = RGB
+) -> Images:
+    """The images of a split as `find_images` finds them, or all that a folder or a list has.
+
+    Without a `split`, a folder with one named val or train stands for that split. What is found is
+    said, see `survey.survey`.
+
+    Raises:
+        UserError: as `find_images`; there is no such split.
+    """
+    place = Path(data_path)
+    if split is not None and os.path.isfile(place):
+        raise UserError(f"{place} is a list of images, which has no splits: leave out --split")
+    images = None
+    for name in ("val", "train") if split is None else (split,):
+        images = images or _find(place, name)
+    if images is None and split is not None:
+        raise UserError(f"{_absence(place / split)}: choose an existing --split")
+    images = images or ImagePaths(place)
+    images.has_8_bits = survey(images, pixels)
     return images
 
 

@@ -5,6 +5,7 @@ become normalised floats on the device: a quarter of the memory traffic of float
 files become when they are decoded.
 """
 
+import itertools
 import os
 import shutil
 import signal
@@ -144,12 +145,44 @@ class OrderedBatches(torch.utils.data.Sampler):
             yield [(0, index) for index in self.indices[start : start + self.batch_size]]
 
 
+class BlockedBatches(torch.utils.data.Sampler):
+    """One process's batches of blocks of consecutive images, of which the processes take turns.
+
+    Process r of w has the blocks r, r + w, ...; a batch may hold any part of them.
+    """
+
+    def __init__(self, num_images: int, block: int, batch_size: int, process: Process) -> None:
+        self.num_images = num_images
+        self.block = block
+        self.batch_size = batch_size
+        self.process = process
+        self.num_blocks = -(-num_images // block)
+
+    def __len__(self) -> int:
+        own = range(self.process.rank, self.num_blocks, self.process.world_size)
+        images = len(own) * self.block
+        if self.num_blocks - 1 in own:
+            images -= self.num_blocks * self.block - self.num_images
+        return -(-images // self.batch_size)
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        blocks = range(self.process.rank, self.num_blocks, self.process.world_size)
+        indices = (
+            index
+            for number in blocks
+            for index in range(self.num_images)[number * self.block : (number + 1) * self.block]
+        )
+        while batch := [(0, index) for index in itertools.islice(indices, self.batch_size)]:
+            yield batch
+
+
 class ImageLoader:
     """A dataset's batches, as a batch sampler orders them, on a process's device.
 
     Args:
         dataset: the images.
-        batches: `ShuffledBatches` for training, `OrderedBatches` for evaluation.
+        batches: `ShuffledBatches` for training, `OrderedBatches` for evaluation,
+            `BlockedBatches` for features.
         process: this `Process`.
         num_workers: processes that load images; 0 to load them in this one.
         pin_mem: whether to use page-locked memory on the way to a CUDA device.
@@ -159,7 +192,7 @@ class ImageLoader:
     def __init__(
         self,
         dataset: ImageDataset,
-        batches: ShuffledBatches | OrderedBatches,
+        batches: ShuffledBatches | OrderedBatches | BlockedBatches,
         process: Process,
         *,
         num_workers: int,
@@ -201,6 +234,24 @@ class ImageLoader:
         for imgs, labels, indices, problems in self._batches():
             self._warn_unreadable(indices, problems)
             yield imgs, labels, indices, torch.tensor([not problem for problem in problems])
+
+    def blocks(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """The blocks of `BlockedBatches` as (imgs, indices, readable), see `eval_batches`."""
+        parts: list[list[Tensor]] = [[], [], []]
+        held = 0
+        for imgs, _, indices, readable in self.eval_batches():
+            for kept, new in zip(parts, (imgs, indices, readable), strict=True):
+                kept.append(new)
+            held += len(imgs)
+            while held >= self.batches.block:
+                block = [torch.cat(kept) for kept in parts]
+                imgs, indices, readable = (kept[: self.batches.block] for kept in block)
+                yield imgs, indices, readable
+                parts = [[kept[self.batches.block :]] for kept in block]
+                held -= self.batches.block
+        if held:
+            imgs, indices, readable = (torch.cat(kept) for kept in parts)
+            yield imgs, indices, readable
 
     def _batches(self) -> Iterator[tuple[Tensor, Tensor, Tensor, list[str]]]:
         if self._loader.num_workers and not self._has_checked_memory:
@@ -288,6 +339,30 @@ def eval_loader(
     return ImageLoader(
         ImageDataset(paths, data.eval_transform(input_size), seed, pixels, decode),
         OrderedBatches(len(paths), batch_size, process),
+        process,
+        num_workers=num_workers,
+        pin_mem=pin_mem,
+        persistent=False,
+    )
+
+
+def block_loader(
+    paths: Images,
+    input_size: int | tuple[int, int],
+    process: Process,
+    *,
+    block: int,
+    batch_size: int,
+    num_workers: int,
+    pin_mem: bool,
+    pixels: PixelFormat = RGB,
+) -> ImageLoader:
+    """Every image once over all processes, in blocks of consecutive ones, cropped as by
+    `eval_loader`, and to the same bits whatever else is in a batch."""
+    transform = data.eval_transform(input_size, as_floats=True)
+    return ImageLoader(
+        ImageDataset(paths, transform, 0, pixels),
+        BlockedBatches(len(paths), block, batch_size, process),
         process,
         num_workers=num_workers,
         pin_mem=pin_mem,
