@@ -74,9 +74,11 @@ def train_one_epoch(
             loss = criterion(logits.float(), targets)
             scaler.scale(loss / steps_of_update).backward()
 
+        grad_norm = None
         if is_last_of_update:
-            clip_and_step(model, optimizer, scaler, clip_grad)
-        meter.add(step, loss, lr)
+            measure = meter.shows_update(step, accum_iter)
+            grad_norm = clip_and_step(model, optimizer, scaler, clip_grad, measure)
+        meter.add(step, loss, lr, grad_norm)
         if is_last_of_update:
             state.step = step + 1
             checkpoints.save_if_due(state, meter)

@@ -1,11 +1,12 @@
-"""One epoch of masked-autoencoder pre-training, and the loss on held-out images."""
+"""One epoch of masked-autoencoder pre-training, the loss on held-out images, and their features."""
 
+import math
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from util import distributed
+from util import distributed, features, knn, spread
 from util.loading import ImageLoader
 from util.logs import Meter
 from util.lr_sched import set_lr, warmup_cosine_lr
@@ -71,9 +72,11 @@ def train_one_epoch(
                 loss, _, _ = model(imgs, mask_ratio, noise)
             scaler.scale(loss / steps_of_update).backward()
 
+        grad_norm = None
         if is_last_of_update:
-            clip_and_step(model, optimizer, scaler, clip_grad)
-        meter.add(step, loss, lr)
+            measure = meter.shows_update(step, accum_iter)
+            grad_norm = clip_and_step(model, optimizer, scaler, clip_grad, measure)
+        meter.add(step, loss, lr, grad_norm)
         if is_last_of_update:
             state.step = step + 1
             checkpoints.save_if_due(state, meter)
@@ -121,3 +124,57 @@ def evaluate(
         count += len(imgs)
     totals, counts = zip(*distributed.gather((total.item(), count)), strict=True)
     return {"val_loss": sum(totals) / sum(counts)} if any(counts) else {}
+
+
+@torch.compiler.set_stance("force_eager")  # compiling for evaluation's shapes would not pay
+@torch.no_grad()
+def evaluate_features(
+    model: nn.Module,
+    loader: ImageLoader,
+    bank_loader: ImageLoader | None,
+    *,
+    k: int,
+    layer: int,
+    amp_dtype: torch.dtype | None,
+) -> dict[str, float]:
+    """What the features are worth that the weights of now give: nothing is trained or drawn.
+
+    An image's feature is the mean of its patch tokens, all patches seen. The class token is not
+    trained by the loss. Every readable image counts once, over any number of processes.
+
+    Args:
+        model: a MaskedAutoencoderViT without a data-parallel wrapper.
+        loader: gives the images to classify, once each, with labels.
+        bank_loader: gives the images whose classes are known, once each; None to classify none.
+        k: how many neighbours elect a class, see `knn`.
+        layer: the block that the tokens are taken after, see `features.tokens`.
+        amp_dtype: as in training.
+
+    Returns:
+        the entries for log.txt: knn_acc1, the percentage of images whose neighbours elect their
+        class, only with a bank; feature_std and rankme, see `spread`, of the images to classify.
+    """
+
+    def extract(loader: ImageLoader) -> tuple[Tensor, Tensor]:
+        """This process's features [N, D] on the device, and the images' indices [N]."""
+        pooled = [torch.empty(0, model.pos_embed.shape[-1], device=loader.device)]
+        numbers = [torch.empty(0, dtype=torch.int64)]
+        for imgs, _, indices, readable in loader.eval_batches():
+            with autocast(imgs.device, amp_dtype):
+                x = features.tokens(model, imgs, layer)  # [N, 1 + L, D]
+            x = features.pool(model, x.float(), "mean")
+            pooled.append(x if readable.all() else x[readable])
+            numbers.append(indices[readable])
+        return torch.cat(pooled), torch.cat(numbers)
+
+    was_training = model.training
+    model.eval()
+    queries, indices = extract(loader)
+    figures = {}
+    if bank_loader is not None:
+        bank, numbers = extract(bank_loader)
+        labels, bank_labels = loader.dataset.paths.labels, bank_loader.dataset.paths.labels
+        figures["knn_acc1"] = knn.accuracy(queries, labels[indices], bank, numbers, bank_labels, k)
+    model.train(was_training)
+    figures |= {"feature_std": spread.feature_std(queries), "rankme": spread.rankme(queries)}
+    return {name: value for name, value in figures.items() if math.isfinite(value)}

@@ -14,17 +14,17 @@ address.
 import util.threads  # noqa: F401  before torch, whose threads it sets
 
 # isort: split
-import numpy as np
 import torch
 
 import models_mae
-from engine_pretrain import evaluate, train_one_epoch
+from engine_pretrain import evaluate, evaluate_features, train_one_epoch
 from util import (
     checkpoint,
     cli,
     data,
     distributed,
     exporting,
+    features,
     flags,
     image_files,
     loading,
@@ -78,6 +78,32 @@ def get_args_parser():
     flags.add_data_flags(parser)
     flags.add_pixel_flags(parser)
     flags.add_optimization_flags(parser)
+    learns = flags.MayChange(
+        parser.add_argument_group(
+            "Does it learn?", "features of unmasked images, the mean of their patch tokens"
+        )
+    )
+    learns.add_argument(
+        "--knn_every",
+        type=cli.integer(0),
+        default=0,
+        metavar="E",
+        help="every so many epochs, and after the last: how well the labels in DIR/train classify "
+        "DIR/val by nearest neighbours, and how far features spread; 0 for never",
+    )
+    learns.add_argument(
+        "--knn_k", type=cli.integer(1), default=20, help="neighbours that elect an image's class"
+    )
+    learns.add_argument(
+        "--knn_images",
+        type=cli.integer(1),
+        default=50000,
+        metavar="N",
+        help="most images of each, evenly spread",
+    )
+    learns.add_argument(
+        "--knn_layer", type=int, default=-1, metavar="I", help="block to take features after"
+    )
     flags.add_runtime_flags(parser, grad_checkpointing=True)
     parser.set_defaults(
         model="mae_vit_large_patch16",
@@ -145,6 +171,7 @@ def pretrain(args, process, amp_dtype):
         heads = models_mae.decoder_sizes(origin.get("args", {})).get("decoder_num_heads")
         start = pretrained.start_autoencoder_from(model, args.init, origin, decoder_heads=heads)
     del origin  # it may hold an optimizer's state
+    features.check_layer(model, args.knn_layer)
     model.to(process.device)
     speed.prepare(model, process.device, amp_dtype, args.compile, args.grad_checkpointing)
     parallel_model = distributed.data_parallel(model, process)
@@ -191,6 +218,17 @@ def pretrain(args, process, amp_dtype):
         f"{process.world_size} x {process.device}, computing in {dtype}"
     )
 
+    # ---- does it learn?
+    if args.knn_every:
+        unlabelled = image_files.why_unlabelled(train_paths, val_paths)
+        sample_loader, bank_loader = (
+            loading.eval_loader(paths, args.input_size, process, most=args.knn_images, **batching)
+            for paths in (val_paths or train_paths, train_paths)
+        )
+        log.line(describe_knn(args, val_paths or train_paths, train_paths, unlabelled))
+        if unlabelled:
+            bank_loader = None
+
     # ---- train
     with log, signals, checkpoints:
         while state.epoch < args.epochs:
@@ -211,9 +249,13 @@ def pretrain(args, process, amp_dtype):
                 seed=args.seed,
                 rank=process.rank,
             )
-            held_out = {}
-            if val_paths:
+            held_out, learned = {}, {}
+            measures = args.knn_every and (
+                (state.epoch + 1) % args.knn_every == 0 or state.epoch + 1 == args.epochs
+            )
+            if val_paths or measures:
                 checkpoints.save_last(state)  # the evaluation may fail
+            if val_paths:
                 held_out = evaluate(
                     model,
                     val_loader,
@@ -221,10 +263,21 @@ def pretrain(args, process, amp_dtype):
                     amp_dtype=amp_dtype,
                     seed=args.seed,
                 )
-            log.epoch(record | held_out)
+            if measures:
+                learned = evaluate_features(
+                    model,
+                    sample_loader,
+                    bank_loader,
+                    k=args.knn_k,
+                    layer=args.knn_layer,
+                    amp_dtype=amp_dtype,
+                )
+                log.line(logs.features_line(learned))
+            log.epoch(record | held_out | learned)
             checkpoints.save_epoch(state)
             # After the save: an epoch that runs again would be drawn twice.
-            log.scalars(1000 * (state.epoch + 1), held_out)
+            curves = held_out | {f"perf/{name}": value for name, value in learned.items()}
+            log.scalars(1000 * (state.epoch + 1), curves)
             if checkpoints.keeps(state.epoch) and process.is_main:
                 imgs = pictured_images(val_loader.dataset).to(process.device)
                 columns = visualize.reconstruct(
@@ -256,10 +309,22 @@ def take_decoder_sizes(args, origin):
         vars(args).update({name: n for name, n in sizes.items() if n != named.get(name)})
 
 
+def describe_knn(args, paths, bank_paths, unlabelled):
+    """The line that says what `--knn_every` measures, and why no more."""
+    of, bank = (
+        f"{min(args.knn_images, len(images))} images in {images.origin}"
+        for images in (paths, bank_paths)
+    )
+    epochs = f"every {args.knn_every} epochs" if args.knn_every > 1 else "every epoch"
+    if unlabelled:
+        return f"{epochs}: feature_std and rankme of {of}, but no k-NN accuracy, as {unlabelled}"
+    classes = len(bank_paths.classes)
+    return f"{epochs}: k-NN accuracy of {of}, by {bank} of {classes} classes; feature_std, rankme"
+
+
 def pictured_images(dataset):
     """Up to `PICTURED_IMAGES` images, evenly spread over the dataset, normalised."""
-    spread = np.linspace(0, len(dataset) - 1, PICTURED_IMAGES).round().astype(int)
-    indices = np.unique(spread).tolist()
+    indices = loading.evenly_spread(len(dataset), PICTURED_IMAGES)
     images = data.stack([dataset[0, index][0] for index in indices])
     return data.normalize(images, dataset.pixels.mean, dataset.pixels.std)
 

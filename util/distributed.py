@@ -168,6 +168,19 @@ def gather(value: Any) -> list[Any]:
     return values
 
 
+def total(tensor: torch.Tensor) -> torch.Tensor:
+    """The sum of every process's tensor; these have one shape and are on their devices."""
+    if dist.is_initialized():
+        tensor = tensor.clone()
+        dist.all_reduce(tensor)
+    return tensor
+
+
+def rank() -> int:
+    """The number of this process in what `gather` returns."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
 class Agreement:
     """Maximum of an integer over all processes, one step late.
 

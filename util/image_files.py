@@ -320,3 +320,19 @@ def check_classes(
             f"the classes in {images.origin} are not those of {source}: they "
             f"{' and '.join(differences)}"
         )
+
+
+def why_unlabelled(train: Images, val: Images | None) -> str:
+    """Why held-out images can't be classified by training images' labels, or "" if they can."""
+    if val is None:
+        return f"{train.origin} has no held-out images beside it"
+    for images in (train, val):
+        if "" in images.classes:
+            return f"{images.origin} has images in no class folder"
+    if len(train.classes) < 2:
+        return f"{train.origin} has fewer than two classes"
+    try:
+        check_classes(val, train.classes, train.origin)
+    except UserError as error:
+        return str(error)
+    return ""

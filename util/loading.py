@@ -11,7 +11,7 @@ import shutil
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -130,11 +130,26 @@ class ShuffledBatches(torch.utils.data.Sampler):
             yield [(self.epoch, index) for index in batch]
 
 
-class OrderedBatches(torch.utils.data.Sampler):
-    """One process's batches in evaluation: every image once over all processes."""
+def evenly_spread(count: int, most: int | None) -> Sequence[int]:
+    """The numbers below `count`; if they are more than `most`, so many of them, from 0 to the last.
 
-    def __init__(self, num_images: int, batch_size: int, process: Process) -> None:
-        self.indices = range(process.rank, num_images, process.world_size)
+    So a sorted folder's classes keep their shares.
+    """
+    if most is None or most >= count:
+        return range(count)
+    return np.linspace(0, count - 1, most).round().astype(int).tolist()
+
+
+class OrderedBatches(torch.utils.data.Sampler):
+    """One process's batches in evaluation: every image once over all processes.
+
+    With `most` there are at most that many of them, `evenly_spread`.
+    """
+
+    def __init__(
+        self, num_images: int, batch_size: int, process: Process, most: int | None = None
+    ) -> None:
+        self.indices = evenly_spread(num_images, most)[process.rank :: process.world_size]
         self.batch_size = batch_size
 
     def __len__(self) -> int:
@@ -334,11 +349,15 @@ def eval_loader(
     pin_mem: bool,
     pixels: PixelFormat = RGB,
     decode: str = "full",
+    most: int | None = None,
 ) -> ImageLoader:
-    """Every image once over all processes, in order, resized and cropped at the centre."""
+    """Every image once over all processes, in order, resized and cropped at the centre.
+
+    With `most` there are at most that many, spread evenly over them.
+    """
     return ImageLoader(
         ImageDataset(paths, data.eval_transform(input_size), seed, pixels, decode),
-        OrderedBatches(len(paths), batch_size, process),
+        OrderedBatches(len(paths), batch_size, process, most),
         process,
         num_workers=num_workers,
         pin_mem=pin_mem,

@@ -114,7 +114,9 @@ class RunLog:
 
 
 class Meter:
-    """One epoch's losses and speed: losses stay on the device and are fetched once a log line.
+    """One epoch's losses, gradient norms and speed.
+
+    Losses and norms stay on the device and are fetched once a log line.
 
     Args:
         log: the `RunLog` that shows them; None to show nothing.
@@ -134,7 +136,7 @@ class Meter:
         self.loader = loader
         self.images_per_step = loader.images_per_step
         self.log_every = log_every
-        for name in ("steps", "images", "loss", "lr", "seconds", "waited", "bad"):
+        for name in ("steps", "images", "loss", "lr", "seconds", "waited", "bad", "norm", "norms"):
             self.totals.setdefault(name, 0)
         self._bar = tqdm(
             total=self.steps,
@@ -144,6 +146,7 @@ class Meter:
             disable=not (log and log.show_bar),
         )
         self._losses: list[Tensor] = []
+        self._norms: list[Tensor] = []
         self._unreadable = 0
         self._waited = 0.0
         self._since = time.perf_counter()
@@ -162,9 +165,23 @@ class Meter:
                 self._bar.update()
             self.flush()
 
-    def add(self, step: int, loss: Tensor, lr: float) -> None:
-        """Note a step's loss, a scalar on the device, without waiting for its value."""
+    def shows_update(self, step: int, accum_iter: int) -> bool:
+        """Whether the update that ends with `step` is the last one before a log line.
+
+        The gradients' norm is measured in these, if no clip computes it in all updates. That
+        depends only on the step, so a resumed epoch measures the same ones.
+        """
+        next_update = min(step + accum_iter, self.steps - 1)
+        return step + 1 == self.steps or next_update // self.log_every > step // self.log_every
+
+    def add(self, step: int, loss: Tensor, lr: float, grad_norm: Tensor | None = None) -> None:
+        """Note a step's loss, and its update's gradient norm if it was measured.
+
+        Both are scalars on the device, whose values are not waited for.
+        """
         self._losses.append(loss.detach())
+        if grad_norm is not None:
+            self._norms.append(grad_norm)
         self._step = step
         self.totals["lr"] = lr
         if (step + 1) % self.log_every == 0:
@@ -180,14 +197,20 @@ class Meter:
         """
         if not self._losses:
             return
-        own = torch.stack(self._losses).cpu().tolist(), self._unreadable
-        losses, unreadable = zip(*distributed.gather(own), strict=True)
+        values = torch.stack([*self._losses, *self._norms]).cpu().tolist()
+        own, norms = values[: len(self._losses)], values[len(self._losses) :]
+        losses, unreadable = zip(*distributed.gather((own, self._unreadable)), strict=True)
         now = time.perf_counter()
         self._check_finite(losses)
         means = [sum(step_losses) / len(step_losses) for step_losses in zip(*losses, strict=True)]
         # One at a time, so that the float sum does not depend on where the log lines fell.
         for mean in means:
             self.totals["loss"] += mean
+        # Equal in all processes. fp16 skips the updates in which they overflow.
+        norms = [norm for norm in norms if math.isfinite(norm)]
+        for norm in norms:
+            self.totals["norm"] += norm
+        self.totals["norms"] += len(norms)
         images = len(means) * self.images_per_step
         seconds, waited = now - self._since, self._waited
         self.totals["steps"] += len(means)
@@ -197,8 +220,12 @@ class Meter:
         self.totals["bad"] += sum(unreadable)
         self._check_readable()
         if self.log:
-            self._show(self.log, sum(means) / len(means), images / seconds, waited / seconds)
+            figures = {self.log.tag: sum(means) / len(means), "lr": self.totals["lr"]}
+            if norms:
+                figures["grad_norm"] = sum(norms) / len(norms)
+            self._show(self.log, figures, images / seconds, waited / seconds)
         self._losses = []
+        self._norms = []
         self._unreadable = 0
         self._waited = 0.0
         self._since = now
@@ -226,12 +253,16 @@ class Meter:
                 "files warned about"
             )
 
-    def _show(self, log: RunLog, loss: float, images_per_s: float, waited_share: float) -> None:
+    def _show(
+        self, log: RunLog, figures: dict[str, float], images_per_s: float, waited_share: float
+    ) -> None:
         progress = self.epoch + (self._step + 1) / self.steps
-        log.scalars(1000 * progress, {log.tag: loss, "lr": self.totals["lr"]})
+        log.scalars(1000 * progress, figures)
+        norm = f"grad norm {figures['grad_norm']:.3g}  " if "grad_norm" in figures else ""
         status = (
-            f"loss {loss:.4f}  lr {self.totals['lr']:.2e}  {images_per_s:.1f} images/s  "
-            f"data wait {waited_share:.0%}  peak memory {peak_memory_gib():.2f} GiB"
+            f"loss {figures[log.tag]:.4f}  lr {figures['lr']:.2e}  {norm}"
+            f"{images_per_s:.1f} images/s  data wait {waited_share:.0%}  "
+            f"peak memory {peak_memory_gib():.2f} GiB"
         )
         if log.show_bar:
             self._bar.set_postfix_str(status)
@@ -244,12 +275,14 @@ class Meter:
         )
 
     def summary(self) -> dict[str, Any]:
-        """The epoch's entries for log.txt."""
+        """The epoch's entries for log.txt; grad_norm is the mean of the updates it is known of."""
         totals = self.totals
+        known = {"grad_norm": totals["norm"] / totals["norms"]} if totals["norms"] else {}
         return {
             "epoch": self.epoch,
             "train_loss": totals["loss"] / totals["steps"],
             "train_lr": totals["lr"],
+            **known,
             "images_per_s": round(totals["images"] / totals["seconds"], 2),
             "data_wait": round(totals["waited"] / totals["seconds"], 4),
             "unreadable_images": totals["bad"],
@@ -260,6 +293,13 @@ class Meter:
 def accuracy_line(figures: dict[str, float]) -> str:
     """The figures of `engine_finetune.evaluate` in the usual form."""
     return "* Acc@1 {test_acc1:.3f} Acc@5 {test_acc5:.3f} loss {test_loss:.3f}".format(**figures)
+
+
+def features_line(figures: dict[str, float]) -> str:
+    """The figures of `engine_pretrain.evaluate_features` in a line."""
+    accuracy = f"k-NN Acc@1 {figures['knn_acc1']:.3f} " if "knn_acc1" in figures else ""
+    std, rank = figures.get("feature_std", math.nan), figures.get("rankme", math.nan)
+    return f"* {accuracy}feature_std {std:.4f} rankme {rank:.2f}"
 
 
 def report_evaluation(

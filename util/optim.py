@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 from timm.optim import param_groups_weight_decay
-from torch import nn
+from torch import Tensor, nn
 
 
 def weight_decay_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
@@ -54,11 +54,24 @@ def clip_and_step(
     optimizer: torch.optim.Optimizer,
     scaler: torch.amp.GradScaler,
     clip_grad: float | None,
-) -> None:
-    """One update: unscale the gradients, clip them to the norm `clip_grad` if given, step."""
-    if clip_grad is not None:
+    measure: bool = False,
+) -> Tensor | None:
+    """One update: unscale the gradients, clip them to the norm `clip_grad` if given, step.
+
+    Returns:
+        the gradients' norm before they are clipped, a scalar on their device, if it is computed:
+        to clip, or as `measure` asks. Not finite where fp16 overflowed, and the step is skipped.
+    """
+    norm = None
+    if clip_grad is not None or measure:
         scaler.unscale_(optimizer)
-        torch.nn.utils.clip_grad_norm_(model.parameters(), clip_grad)
+        if clip_grad is not None:
+            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), clip_grad)
+        else:
+            norm = torch.nn.utils.get_total_norm(
+                [p.grad for p in model.parameters() if p.grad is not None]
+            )
     scaler.step(optimizer)
     scaler.update()
     optimizer.zero_grad()
+    return norm
