@@ -217,7 +217,7 @@ def _with_published_keys(weights: dict[str, torch.Tensor], path: str) -> dict[st
         weights = {key.removeprefix(wrapper): weight for key, weight in weights.items()}
         stripped += wrapper
     if stripped.replace("module.", "").replace("_orig_mod.", ""):
-        warn(f"all keys of {path} begin with {stripped}, which is left out")
+        warn(f'all keys of {path} begin with "{stripped}", which is left out')
     # Compiled blocks
     weights = {key.replace("._orig_mod.", "."): weight for key, weight in weights.items()}
     if not conversion.is_transformers(weights):

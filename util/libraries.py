@@ -29,11 +29,10 @@ def weight_files(folder: Path) -> list[Path]:
             if names and all(Path(name).name == name for name in names):
                 return [folder / name for name in names]
             raise UserError(f"{index} names no files of weights in its folder")
-    checkpoints = sorted(path.name for path in folder.glob("*.pth"))
-    hint = f": name one of its checkpoints, such as {folder / checkpoints[-1]}"
+    checkpoints = sorted(folder.glob("*.pth"))
+    hint = f": name one of its checkpoints, such as {checkpoints[-1]}" if checkpoints else ""
     raise UserError(
-        f"{folder} is a folder without a model: it has no {' and no '.join(WEIGHTS)}"
-        f"{hint if checkpoints else ''}"
+        f"{folder} is a folder without a model: it has no {' and no '.join(WEIGHTS)}{hint}"
     )
 
 
@@ -81,7 +80,7 @@ def _of_transformers(
     kind = config["model_type"]
     if kind not in ("vit_mae", "vit", "beit"):
         raise UserError(
-            f"{folder} holds transformers' model {kind}: only vit_mae and vit are models of here"
+            f"{folder} holds a {kind} of transformers: only vit_mae, vit and beit can be loaded"
         )
     _check_activation(folder, config.get("hidden_act"))
     eps = config.get("layer_norm_eps", NORM_EPS)

@@ -88,8 +88,9 @@ def start_autoencoder_from(
     saved = contents.get("args") or {}
     check_heads(model, contents, source)
     _check_kind(contents["model"], source)
-    weights = _with_channels(contents["model"], model.in_chans, source)
     own = model.state_dict()
+    _check_axes(own, contents["model"], source)
+    weights = _with_channels(contents["model"], model.in_chans, source)
     _check_same_size(own, weights, source)
     may_miss: tuple[str, ...] = ()
     if any(key.startswith("head.") for key in weights):
@@ -102,7 +103,7 @@ def start_autoencoder_from(
     if flags is not None:
         warnings.append(
             f"the decoder of {source} has another size, so this one starts at random"
-            f"{': its size is ' if flags else ''}{flags}"
+            f"{f': with {flags} it would be loaded' if flags else ''}"
         )
     elif not has_decoder:
         warnings.append(
@@ -124,14 +125,14 @@ def start_autoencoder_from(
     loaded = "encoder"
     if "decoder_embed.weight" in weights:
         width, blocks = own["decoder_embed.weight"].shape[0], model.decoder_blocks
-        size = f"width {width}, {len(blocks)} blocks, {blocks[0].attn.num_heads} heads"
+        size = f"width {width}, depth {len(blocks)}, {blocks[0].attn.num_heads} heads"
         loaded = f"encoder and decoder ({size})"
     targets = {True: "normalised", False: "raw", None: None}
     theirs, ours = targets.get(saved.get("norm_pix_loss")), targets[model.norm_pix_loss]
     if theirs is not None:
-        notes.append(f"it was trained to predict {theirs} pixels")
+        notes.append(f"the file says that it was trained to predict {theirs} pixels")
     elif "head.weight" not in contents["model"]:
-        notes.append("it doesn't say whether it was trained to predict raw or normalised pixels")
+        notes.append("the file doesn't say whether it was trained on raw or normalised pixels")
     if theirs not in (None, ours) and loaded != "encoder":
         warnings.append(
             f"{source} predicts {theirs} pixels, but this run {ours} ones, which its decoder has "
@@ -250,12 +251,15 @@ def load_encoder(
 
 
 def _check_kind(weights: dict[str, Tensor], source: str) -> None:
-    """Refuse, with a UserError, what is no vision transformer."""
+    """Refuse, with a UserError, what is no vision transformer, or one that has other parts."""
     if not any(key.startswith("blocks.") for key in weights):
         raise UserError(
             f"{source} holds none of the models that can be loaded here, which are ViTs of this "
             f"project, timm or transformers: its keys are {_few(list(weights), 3)}"
         )
+    lacking = {kind for part, kind in LACKING.items() for key in weights if part in key}
+    if lacking:
+        raise UserError(f"{source} has {' and '.join(sorted(lacking))}, which no model here has")
 
 
 def _few(keys: list[str], most: int = LISTED_KEYS) -> str:
@@ -334,9 +338,7 @@ def _load_weights(
     With `fixed_positions`, sine-cosine tables are those of the model's grid, and not resampled.
     """
     own = model.state_dict()
-    for key in weights:
-        if key in own and weights[key].ndim != own[key].ndim:
-            raise UserError(f"{source} has {weights[key].ndim}, not {own[key].ndim} axes in {key}")
+    _check_axes(own, weights, source)
     _check_same_size(own, weights, source)
     weights = dict(weights)
     old_grid = new_grid = model.patch_embed.grid_size
@@ -366,10 +368,7 @@ def _load_weights(
     if any(problems.values()):
         listed = [f"{problem} {_few(keys)}" for problem, keys in problems.items() if keys]
         hint = ""
-        kinds = {kind for part, kind in LACKING.items() for key in weights if part in key}
-        if kinds:
-            hint = f" (it has {' and '.join(sorted(kinds))}, which no model here has)"
-        elif {"norm.weight", "fc_norm.weight"} & {k for keys in problems.values() for k in keys}:
+        if {"norm.weight", "fc_norm.weight"} & {k for keys in problems.values() for k in keys}:
             hint = " (a classifier has fc_norm with --global_pool and norm with --cls_token)"
         raise UserError(f"{source} does not fit the model: {'; '.join(listed)}{hint}")
     model.load_state_dict(weights, strict=False)
@@ -398,6 +397,13 @@ def _grid_of(
         return guess_grid(table[0, 1:], likely=new_grid)
     except ValueError as error:
         raise UserError(f"{source} has positions that can't be resampled: {error}") from error
+
+
+def _check_axes(own: dict[str, Tensor], weights: dict[str, Tensor], source: str) -> None:
+    """Refuse, with a UserError, tensors of another number of axes."""
+    for key in weights:
+        if key in own and weights[key].ndim != own[key].ndim:
+            raise UserError(f"{source} has {weights[key].ndim}, not {own[key].ndim} axes in {key}")
 
 
 def _check_same_size(own: dict[str, Tensor], weights: dict[str, Tensor], source: str) -> None:
