@@ -15,8 +15,6 @@ from pathlib import Path
 import util.threads  # noqa: F401  before torch, whose threads it sets
 
 # isort: split
-import torch
-
 import models_mae
 import models_vit
 from util import cli, exporting, flags, model_card, pixels, pretrained
@@ -91,8 +89,7 @@ def main(args):
     pixel_format = pixels.resolve(vars(args), contents, args.checkpoint)
     given = {name: getattr(args, name) for name in ("model", "input_size", "norm_pix_loss")}
     config = describe(contents, given, part, args.checkpoint)
-    with torch.device("meta"):  # its shapes are needed, and no weights
-        model = build_model(config, part, pixel_format.in_chans)
+    model = build_model(config, part, pixel_format.in_chans)
     weights = exporting.take_part(model, contents["model"], part, args.checkpoint)
     classes, global_pool = None, args.global_pool or "avg"
     if part == "classifier":

@@ -95,7 +95,8 @@ def test_outputs_of_a_run(pretrain_flags, pretrain, capsys):
         assert 0 < record["train_loss"] < 10
         assert 0 < record["val_loss"] < 10
     names = {path.name for path in out_dir.iterdir() if "tfevents" not in path.name} - {".lock"}
-    assert names == {"log.txt", "checkpoint-0.pth", "checkpoint-1.pth", "checkpoint-last.pth"}
+    checkpoints = {"checkpoint-0.pth", "checkpoint-1.pth", "checkpoint-last.pth"}
+    assert names == {"log.txt", "encoder.safetensors"} | checkpoints
 
     scalars, images = events(out_dir)
     assert set(scalars) == {"train_loss", "lr", "val_loss"}

@@ -28,7 +28,9 @@ import {command}
     [({}, "1000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "PASSIVE"}, "None")],
     ids=["default", "spincount", "policy"],
 )
-@pytest.mark.parametrize("command", ["pretrain", "finetune", "linprobe", "visualize", "embed"])
+@pytest.mark.parametrize(
+    "command", ["pretrain", "finetune", "linprobe", "visualize", "embed", "export"]
+)
 def test_commands_limit_spinning_before_torch_is_loaded(command, user, value):
     names = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")
     environment = {name: text for name, text in os.environ.items() if name not in names} | user

@@ -158,9 +158,9 @@ def for_timm(
         model, global_pool, classes, pixels: as for `timm_config`.
         weights: the model's.
     """
-    load = f'timm.create_model("local-dir:{output}", pretrained=True)'
-    example = f"import timm\n\nmodel = {_by_name(load, output)}.eval()"
-    folder = Folder(weights, load, example, "timm")
+    load = 'timm.create_model("local-dir:{}", pretrained=True)'
+    example = f"import timm\n\nmodel = {load.format(_shown(output))}.eval()"
+    folder = Folder(weights, load.format(output), example, "timm")
     folder.remarks.append("timm loads this folder from version 1.0.16 on.")
     folder.settings["config.json"] = timm_config(model, global_pool, classes, pixels)
     if classes is None:
@@ -173,8 +173,8 @@ def for_timm(
     height, width = model.patch_embed.img_size
     if height != width:
         folder.remarks.append(
-            "timm's transform rounds the resized size otherwise than Input says, for images that "
-            "are not square: crops can differ by half a pixel."
+            "timm's transform rounds the resized size otherwise than Input says for models that "
+            "are not square: crops can lie up to a pixel beside this project's."
         )
     if not unprocessed(pixels):
         folder.example += (
@@ -262,21 +262,21 @@ def for_transformers(
     name = transformers_class(part, global_pool)
     check_transformers(model, name)
     options = ", add_pooling_layer=False" if name == "ViTModel" else ""
-    load = f'{name}.from_pretrained("{output}"{options})'
-    folder = Folder(transformers_weights(weights, name), load, "", "transformers")
+    load, shown = f'{name}.from_pretrained("{{}}"{options})', _shown(output)
+    folder = Folder(transformers_weights(weights, name), load.format(output), "", "transformers")
     config = transformers_config(model, name, classes, pixels, mask_ratio)
     config["torch_dtype"] = str(weights["cls_token"].dtype).removeprefix("torch.")
     folder.settings["config.json"] = config
-    processor, by_name = image_processor(model, pixels), _by_name(load, output)
+    processor = image_processor(model, pixels)
     folder.remarks = [*REMARKS.get(name, []), *_preprocessing_remarks(pixels, "transformers")]
     if processor is None:
-        folder.example = f"from transformers import {name}\n\nmodel = {by_name}.eval()"
+        folder.example = f"from transformers import {name}\n\nmodel = {load.format(shown)}.eval()"
         return folder
     folder.settings["preprocessor_config.json"] = processor
     folder.example = (
         f"from transformers import AutoImageProcessor, {name}\n\n"
-        f'processor = AutoImageProcessor.from_pretrained("{output.resolve().name}")\n'
-        f"model = {by_name}.eval()"
+        f'processor = AutoImageProcessor.from_pretrained("{shown}")\n'
+        f"model = {load.format(shown)}.eval()"
     )
     if processor["image_processor_type"] == "ViTImageProcessor":
         folder.remarks.append(
@@ -291,7 +291,8 @@ REMARKS = {
         "For features, load the encoder by `ViTModel.from_pretrained(..., "
         "add_pooling_layer=False)`, which sees all patches. `ViTMAEModel` loads it too, but hides "
         "`mask_ratio` of the patches, drawn anew in every call, and shuffles those that it keeps.",
-        "transformers resamples positions in one dimension: keep to the trained image size.",
+        "transformers resamples the decoder's positions in one dimension: keep to the trained "
+        "image size.",
     ],
     "ViTModel": [
         "`last_hidden_state` are all tokens, the class token first. Without "
@@ -458,9 +459,9 @@ def unprocessed(pixels: PixelFormat) -> list[str]:
     return found
 
 
-def _by_name(load: str, output: Path) -> str:
-    """A line that loads a folder, for a card that is shared: without the folder's own folders."""
-    return load.replace(str(output), output.resolve().name)
+def _shown(output: Path) -> str:
+    """A folder's name for a card that is shared: without the folders around it."""
+    return output.resolve().name
 
 
 def _preprocessing_remarks(pixels: PixelFormat, library: str) -> list[str]:

@@ -79,8 +79,9 @@ def _listed(lines: list[str]) -> str:
 def input_lines(img_size: tuple[int, int], pixels: PixelFormat) -> list[str]:
     """What a user must feed a model of images of (height, width), in sentences."""
     height, width = img_size
-    scale = 256 / 224 if max(img_size) <= 224 else 1
-    cover = f"{int(height * scale)} x {int(width * scale)}"
+    cover = f"{height} x {width}"
+    if max(img_size) <= 224:
+        cover = f"{height * 256 // 224} x {width * 256 // 224}"
     bands = "bands" if pixels.in_chans != 1 else "band"
     lines = [
         f"A tensor [N, {pixels.in_chans}, {height}, {width}]: {pixels.in_chans} {bands}, "
