@@ -1,10 +1,12 @@
-"""Show what a pre-trained masked autoencoder reconstructs.
+"""Show what a pre-trained masked autoencoder reconstructs, and what an encoder looks at.
 
     python main_visualize.py --checkpoint output_dir/checkpoint-last.pth --images cat.jpg dog.jpg
     python main_visualize.py --checkpoint output_dir/checkpoint-last.pth --data_path DIR
+    python main_visualize.py --checkpoint CKPT --data_path DIR --attention heads.png --pca parts.png
 
 Writes a grid with one row an image: the original, what the encoder sees, the reconstruction, and
-the reconstruction with the visible patches pasted in.
+the reconstruction with the visible patches pasted in. --attention and --pca write pictures of the
+unmasked images; for these, the checkpoint may also be an encoder's or a classifier's.
 """
 
 from pathlib import Path
@@ -13,20 +15,31 @@ import util.threads  # noqa: F401  before torch, whose threads it sets
 
 # isort: split
 import numpy as np
+import torch
 from PIL import Image
 
 import models_mae
-from util import cli, data, decoding, distributed, flags, image_files, pixels, visualize
+from main_embed import build_encoder, settle
+from util import (
+    attention,
+    cli,
+    data,
+    decoding,
+    distributed,
+    features,
+    flags,
+    image_files,
+    pixels,
+    visualize,
+)
 from util.checkpoint import load_checkpoint
 from util.errors import UserError
 
 
 def get_args_parser():
     parser = cli.ArgumentParser(description=__doc__)
-    parser.add_argument(
-        "--checkpoint", type=cli.path, required=True, metavar="FILE", help="a pre-trained model"
-    )
-    images = parser.add_mutually_exclusive_group(required=True)
+    parser.add_argument("--checkpoint", type=cli.path, metavar="FILE", help="a pre-trained model")
+    images = parser.add_mutually_exclusive_group()
     images.add_argument("--images", nargs="+", metavar="FILE", help="image files to show")
     images.add_argument(
         "--data_path",
@@ -38,7 +51,30 @@ def get_args_parser():
         "--num_images", type=cli.integer(1), default=8, help="images to choose from --data_path"
     )
     parser.add_argument(
-        "--output", default="recon.png", metavar="FILE", help="the picture to write"
+        "--output",
+        type=cli.path,
+        metavar="FILE",
+        help="the picture of reconstructions to write; if not given, recon.png",
+    )
+    parser.add_argument(
+        "--attention",
+        type=cli.path,
+        metavar="FILE",
+        help="a picture to write of what each head of a block attends to, for the class token and "
+        "for the mean of the patches",
+    )
+    parser.add_argument(
+        "--pca",
+        type=cli.path,
+        metavar="FILE",
+        help="a picture to write of a block's patch features, by their principal components as "
+        "colours",
+    )
+    parser.add_argument(
+        "--layer",
+        type=int,
+        default=-1,
+        help="the block of --attention and --pca, from 0, or from the end if negative",
     )
     parser.add_argument(
         "--mask_ratio", type=cli.number(), help="if not given, the one of the pre-training"
@@ -69,44 +105,60 @@ def get_args_parser():
 
 
 def main(args):
+    if not args.checkpoint or not (args.images or args.data_path):
+        raise UserError("give a model by --checkpoint, and images by --images or --data_path")
+    draw(args)
+
+
+def draw(args):
     # ---- setup
     device = distributed.select_device(args.device)
-    output = Path(args.output)
-    if Image.registered_extensions().get(output.suffix.lower()) not in Image.SAVE:
-        raise UserError(f"--output {output} has no suffix of an image format: use .png")
-    cli.make_writable(output.parent, "folder of --output")
+    if args.layer != -1 and not (args.attention or args.pca):
+        raise UserError("--layer chooses the block of --attention and --pca: add one of these")
+    for flag in ("output", "attention", "pca"):
+        if getattr(args, flag):
+            check_picture(Path(getattr(args, flag)), flag)
 
     # ---- model
     contents = load_checkpoint(args.checkpoint)
-    weights, saved = contents["model"], contents.get("args") or {}
-    if "decoder_pred.weight" not in weights:
-        raise UserError(
-            f"{args.checkpoint} has no decoder weights, which a reconstruction needs: it holds an "
-            "encoder or a classifier, use the full checkpoint of a pre-training"
-        )
-    config = {name: saved.get(name) for name in models_mae.DECODER_SIZES}
-    for name in ("model", "input_size", "norm_pix_loss"):
-        given = getattr(args, name)
-        config[name] = saved.get(name, given)
-        if config[name] is None:
-            raise UserError(f"{args.checkpoint} does not say its {name}: add --{name}")
-        if given not in (None, config[name]):
-            raise UserError(f"{args.checkpoint} says {name} {config[name]}: leave out --{name}")
     pixel_format = pixels.resolve(vars(args), contents, args.checkpoint)
     bands = args.picture_bands
     if bands and (len(bands) not in (1, 3) or max(bands) >= pixel_format.in_chans):
         raise UserError(f"--picture_bands: give one or three of the {pixel_format.in_chans} bands")
-    model = models_mae.build_saved(config, pixel_format.in_chans)
-    mask_ratio = args.mask_ratio
-    if mask_ratio is None:
-        mask_ratio = saved.get("mask_ratio", 0.75)
-    model.check_mask_ratio(mask_ratio)
-    try:
-        model.load_state_dict(weights)
-    except RuntimeError as error:
-        reason = str(error).splitlines()[1].strip()
-        raise UserError(f"{args.checkpoint} is not a {config['model']}: {reason}") from error
-    model.to(device)
+    output = args.output or "recon.png"
+    if "decoder_pred.weight" in contents["model"]:
+        if not args.output:
+            check_picture(Path(output), "output")
+        model, config = build_autoencoder(
+            contents,
+            args.checkpoint,
+            model=args.model,
+            input_size=args.input_size,
+            norm_pix_loss=args.norm_pix_loss,
+            in_chans=pixel_format.in_chans,
+        )
+        mask_ratio = args.mask_ratio
+        if mask_ratio is None:
+            mask_ratio = (contents.get("args") or {}).get("mask_ratio", 0.75)
+        model.check_mask_ratio(mask_ratio)
+    else:
+        missing = f"{args.checkpoint} has no decoder weights, which a reconstruction needs"
+        if args.output or not (args.attention or args.pca):
+            raise UserError(
+                f"{missing}: it holds an encoder or a classifier, use the full checkpoint of a "
+                "pre-training"
+            )
+        print(f"{missing}: it is left out")
+        output = None
+        model, config = build_encoder(
+            contents,
+            args.checkpoint,
+            model=args.model,
+            input_size=args.input_size,
+            in_chans=pixel_format.in_chans,
+        )
+    features.check_layer(model, args.layer)
+    model.to(device).eval()
 
     # ---- data
     paths = args.images
@@ -121,28 +173,78 @@ def main(args):
         images = [transform(decoding.read_image(path, pixel_format)) for path in paths]
     except decoding.UnreadableImage as error:
         raise UserError(f"unreadable image {error}") from error
-
-    # ---- picture
     imgs = data.normalize(data.stack(images).to(device), pixel_format.mean, pixel_format.std)
-    columns = visualize.reconstruct(
-        model, imgs, mask_ratio=mask_ratio, seed=args.seed, pixels=pixel_format
-    )
-    try:
-        visualize.draw_grid(columns, bands=bands).save(output)
-    except OSError as error:
-        raise UserError(f"--output {output} can't be written: {error}") from error
-    print(f"{output}: {len(paths)} images, {mask_ratio:.0%} of their patches masked")
+
+    # ---- pictures
+    if output:
+        columns = visualize.reconstruct(
+            model, imgs, mask_ratio=mask_ratio, seed=args.seed, pixels=pixel_format
+        )
+        save(visualize.draw_grid(columns, bands=bands), output, "output")
+        print(f"{output}: {len(paths)} images, {mask_ratio:.0%} of their patches masked")
+    grid_size, block = model.patch_embed.grid_size, args.layer % len(model.blocks)
+    if args.attention:
+        weights = attention.attention(model, imgs, args.layer)
+        picture = visualize.draw_attention(imgs, weights, grid_size, pixel_format, bands=bands)
+        save(picture, args.attention, "attention")
+        to_itself, to_class = weights[..., 0].mean(dim=(0, 2)).tolist()
+        print(
+            f"{args.attention}: {len(paths)} images, {weights.shape[2]} heads of block {block}; "
+            f"the class token gives {to_itself:.0%} of its attention to itself, the patches give "
+            f"it {to_class:.0%} of theirs: the maps leave this out"
+        )
+    if args.pca:
+        with torch.inference_mode():
+            patches = features.pool(model, features.tokens(model, imgs, args.layer), "none")
+        picture = visualize.draw_components(imgs, patches, grid_size, pixel_format, bands=bands)
+        save(picture, args.pca, "pca")
+        print(
+            f"{args.pca}: {len(paths)} images, components of the patches of all of them after "
+            f"block {block}"
+        )
     ranges = visualize.shown_ranges(pixel_format)
     if set(ranges) != {(0.0, 1.0)}:
         shown = ", ".join(f"{low:.3g} to {high:.3g}" for low, high in ranges)
         print(
             f"black to white is the mean +- 3 std of each band, on the scale from 0 to 1: {shown}"
         )
-    if model.norm_pix_loss:
+    if output and model.norm_pix_loss:
         print(
             "the model predicts normalised patches: their mean and variance are those of the "
             "original, so that colours and contrast are not its own guess"
         )
+
+
+def check_picture(file, flag):
+    """Refuse a file that can't be written, before anything is computed."""
+    if Image.registered_extensions().get(file.suffix.lower()) not in Image.SAVE:
+        raise UserError(f"--{flag} {file} has no suffix of an image format: use .png")
+    cli.make_writable(file.parent, f"folder of --{flag}")
+
+
+def save(picture, file, flag):
+    try:
+        picture.save(file)
+    except (OSError, ValueError) as error:
+        raise UserError(f"--{flag} {file} can't be written: {error}") from error
+
+
+def build_autoencoder(contents, path, *, model, input_size, norm_pix_loss, in_chans):
+    """The whole model in a checkpoint, and its name and sizes; the flags are as `build_encoder`'s.
+
+    Raises:
+        UserError: it doesn't fit, or says another thing than the flags.
+    """
+    saved = contents.get("args") or {}
+    config = settle(path, saved, model=model, input_size=input_size, norm_pix_loss=norm_pix_loss)
+    sizes = {name: saved.get(name) for name in models_mae.DECODER_SIZES}
+    autoencoder = models_mae.build_saved(sizes | config, in_chans)
+    try:
+        autoencoder.load_state_dict(contents["model"])
+    except RuntimeError as error:
+        reason = str(error).splitlines()[1].strip()
+        raise UserError(f"{path} is not a {config['model']}: {reason}") from error
+    return autoencoder, config
 
 
 if __name__ == "__main__":
