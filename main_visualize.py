@@ -2,9 +2,11 @@
 
     python main_visualize.py --checkpoint output_dir/checkpoint-last.pth --images cat.jpg dog.jpg
     python main_visualize.py --checkpoint output_dir/checkpoint-last.pth --data_path DIR
+    python main_visualize.py --curves output_dir other_dir --output curves.png
 
 Writes a grid with one row an image: the original, what the encoder sees, the reconstruction, and
-the reconstruction with the visible patches pasted in.
+the reconstruction with the visible patches pasted in. Or the curves of trainings: losses, learning
+rate and accuracies by epoch.
 """
 
 from pathlib import Path
@@ -16,7 +18,7 @@ import numpy as np
 from PIL import Image
 
 import models_mae
-from util import cli, data, decoding, distributed, flags, image_files, pixels, visualize
+from util import cli, curves, data, decoding, distributed, flags, image_files, pixels, visualize
 from util.checkpoint import load_checkpoint
 from util.errors import UserError
 
@@ -24,9 +26,9 @@ from util.errors import UserError
 def get_args_parser():
     parser = cli.ArgumentParser(description=__doc__)
     parser.add_argument(
-        "--checkpoint", type=cli.path, required=True, metavar="FILE", help="a pre-trained model"
+        "--checkpoint", type=cli.path, metavar="FILE", help="a pre-trained model; required"
     )
-    images = parser.add_mutually_exclusive_group(required=True)
+    images = parser.add_mutually_exclusive_group()
     images.add_argument("--images", nargs="+", metavar="FILE", help="image files to show")
     images.add_argument(
         "--data_path",
@@ -38,7 +40,16 @@ def get_args_parser():
         "--num_images", type=cli.integer(1), default=8, help="images to choose from --data_path"
     )
     parser.add_argument(
-        "--output", default="recon.png", metavar="FILE", help="the picture to write"
+        "--output",
+        metavar="FILE",
+        help="the picture to write; if not given, recon.png, or curves.png with --curves",
+    )
+    parser.add_argument(
+        "--curves",
+        type=cli.path,
+        nargs="+",
+        metavar="OUTPUT_DIR",
+        help="instead draw the curves of trainings from their log.txt, to --output",
     )
     parser.add_argument(
         "--mask_ratio", type=cli.number(), help="if not given, the one of the pre-training"
@@ -69,6 +80,15 @@ def get_args_parser():
 
 
 def main(args):
+    args.output = args.output or ("curves.png" if args.curves else "recon.png")
+    if args.curves:
+        draw_curves(args)
+        return
+    if args.checkpoint is None:
+        get_args_parser().error("the following arguments are required: --checkpoint")
+    if args.images is None and args.data_path is None:
+        get_args_parser().error("one of the arguments --images --data_path is required")
+
     # ---- setup
     device = distributed.select_device(args.device)
     output = Path(args.output)
@@ -143,6 +163,15 @@ def main(args):
             "the model predicts normalised patches: their mean and variance are those of the "
             "original, so that colours and contrast are not its own guess"
         )
+
+
+def draw_curves(args):
+    for name in ("checkpoint", "images", "data_path"):
+        if getattr(args, name) is not None:
+            raise UserError(f"--curves draws trainings from their log.txt: leave out --{name}")
+    cli.make_writable(Path(args.output).parent, "folder of --output")
+    curves.save(args.curves, args.output)
+    print(f"{args.output}: {', '.join(args.curves)}")
 
 
 if __name__ == "__main__":

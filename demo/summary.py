@@ -17,9 +17,15 @@ def main(output_dir):
             f"  {images} images   epoch {first['epoch']}: {first[loss]:.3f}"
             f"   epoch {last['epoch']}: {last[loss]:.3f}"
         )
+    print(
+        "k-NN accuracy of its features, no training of a classifier:\n"
+        f"  epoch {first['epoch']}: {first['knn_acc1']:.1f}%   epoch {last['epoch']}: "
+        f"{last['knn_acc1']:.1f}%"
+    )
     print(f"reconstructions     {output_dir / 'reconstructions.png'}")
+    print(f"curves              {output_dir / 'curves.png'}")
     print(f"checkpoints, logs   {output_dir}/*/checkpoint-last.pth, {output_dir}/*/log.txt")
-    print(f"curves              .venv/bin/tensorboard --logdir {output_dir}")
+    print(f"TensorBoard         .venv/bin/tensorboard --logdir {output_dir}")
     print()
     print("method                               accuracy on 2,000 held-out images")
     print(
