@@ -312,7 +312,7 @@ def take_decoder_sizes(args, origin):
 def describe_knn(args, paths, bank_paths, unlabelled):
     """The line that says what `--knn_every` measures, and why no more."""
     of, bank = (
-        f"{min(args.knn_images, len(images))} images in {images.origin}"
+        f"{min(args.knn_images, len(images)):,} images in {images.origin}"
         for images in (paths, bank_paths)
     )
     epochs = f"every {args.knn_every} epochs" if args.knn_every > 1 else "every epoch"

@@ -3,10 +3,12 @@
     python main_visualize.py --checkpoint output_dir/checkpoint-last.pth --images cat.jpg dog.jpg
     python main_visualize.py --checkpoint output_dir/checkpoint-last.pth --data_path DIR
     python main_visualize.py --checkpoint CKPT --data_path DIR --attention heads.png --pca parts.png
+    python main_visualize.py --curves output_dir other_dir --output curves.png
 
 Writes a grid with one row an image: the original, what the encoder sees, the reconstruction, and
 the reconstruction with the visible patches pasted in. --attention and --pca write pictures of the
-unmasked images; for these, the checkpoint may also be an encoder's or a classifier's.
+unmasked images; for these, the checkpoint may also be an encoder's or a classifier's. --curves
+draws the losses, learning rate and accuracies of trainings by epoch.
 """
 
 from pathlib import Path
@@ -23,6 +25,7 @@ from main_embed import build_encoder, settle
 from util import (
     attention,
     cli,
+    curves,
     data,
     decoding,
     distributed,
@@ -38,7 +41,9 @@ from util.errors import UserError
 
 def get_args_parser():
     parser = cli.ArgumentParser(description=__doc__)
-    parser.add_argument("--checkpoint", type=cli.path, metavar="FILE", help="a pre-trained model")
+    parser.add_argument(
+        "--checkpoint", type=cli.path, metavar="FILE", help="a pre-trained model; required"
+    )
     images = parser.add_mutually_exclusive_group()
     images.add_argument("--images", nargs="+", metavar="FILE", help="image files to show")
     images.add_argument(
@@ -54,7 +59,15 @@ def get_args_parser():
         "--output",
         type=cli.path,
         metavar="FILE",
-        help="the picture of reconstructions to write; if not given, recon.png",
+        help="the picture of reconstructions or curves to write; if not given, recon.png, or "
+        "curves.png with --curves",
+    )
+    parser.add_argument(
+        "--curves",
+        type=cli.path,
+        nargs="+",
+        metavar="OUTPUT_DIR",
+        help="instead draw the curves of trainings from their log.txt, to --output",
     )
     parser.add_argument(
         "--attention",
@@ -105,12 +118,14 @@ def get_args_parser():
 
 
 def main(args):
-    if not args.checkpoint or not (args.images or args.data_path):
-        raise UserError("give a model by --checkpoint, and images by --images or --data_path")
-    draw(args)
+    if args.curves:
+        draw_curves(args)
+        return
+    if args.checkpoint is None:
+        get_args_parser().error("the following arguments are required: --checkpoint")
+    if args.images is None and args.data_path is None:
+        get_args_parser().error("one of the arguments --images --data_path is required")
 
-
-def draw(args):
     # ---- setup
     device = distributed.select_device(args.device)
     if args.layer != -1 and not (args.attention or args.pca):
@@ -245,6 +260,16 @@ def build_autoencoder(contents, path, *, model, input_size, norm_pix_loss, in_ch
         reason = str(error).splitlines()[1].strip()
         raise UserError(f"{path} is not a {config['model']}: {reason}") from error
     return autoencoder, config
+
+
+def draw_curves(args):
+    for name in ("checkpoint", "images", "data_path", "attention", "pca"):
+        if getattr(args, name) is not None:
+            raise UserError(f"--curves draws trainings from their log.txt: leave out --{name}")
+    output = args.output or "curves.png"
+    cli.make_writable(Path(output).parent, "folder of --output")
+    curves.save(args.curves, output)
+    print(f"{output}: {', '.join(args.curves)}")
 
 
 if __name__ == "__main__":

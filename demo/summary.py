@@ -17,9 +17,15 @@ def main(output_dir):
             f"  {images} images   epoch {first['epoch']}: {first[loss]:.3f}"
             f"   epoch {last['epoch']}: {last[loss]:.3f}"
         )
+    measured = [record for record in logs["pretrain"] if "knn_acc1" in record]
+    if measured:  # not if an older version has made this pre-training
+        print("accuracy of its features by nearest neighbours, from 2,000 labels:")
+        epochs = (f"epoch {r['epoch']}: {r['knn_acc1']:.1f}%" for r in (measured[0], measured[-1]))
+        print(f"  held-out images   {'   '.join(epochs)}")
     print(f"reconstructions     {output_dir / 'reconstructions.png'}")
+    print(f"curves              {output_dir / 'curves.png'}")
     print(f"checkpoints, logs   {output_dir}/*/checkpoint-last.pth, {output_dir}/*/log.txt")
-    print(f"curves              .venv/bin/tensorboard --logdir {output_dir}")
+    print(f"TensorBoard         .venv/bin/tensorboard --logdir {output_dir}")
     print()
     print("method                               accuracy on 2,000 held-out images")
     print(

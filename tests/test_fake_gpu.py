@@ -7,7 +7,7 @@ import pytest
 import torch
 from helpers import CPU
 
-from util import training
+from util import knn, training
 
 pytestmark = [
     pytest.mark.skipif(bool(fake_gpu.REASON), reason=fake_gpu.REASON),
@@ -53,6 +53,17 @@ def test_pretraining_waits_only_for_log_lines(amp, options, pretrain, pretrain_f
         pretrain(pretrain_flags | FLAGS | options | {"amp": amp})
     check(gpu, also=SCALER if amp == "fp16" else {})
     assert gpu.linear_types == {TYPES[amp]}
+
+
+def test_features_are_compared_on_the_gpu(pretrain, pretrain_flags, monkeypatch):
+    """k-NN waits for the answers to a block of queries, not for a batch."""
+    neighbours = knn.neighbours  # ones from the GPU stand for numbers that no image has
+    monkeypatch.setattr(knn, "neighbours", lambda found: neighbours(found.fill_(2**32 - 1)))
+    waits = {"knn.accuracy": 4, "spread.rankme": 2, "spread.feature_std": 1}
+    with fake_gpu.running() as gpu:
+        pretrain(pretrain_flags | FLAGS | {"amp": "bf16", "knn_every": 1})
+    check(gpu, also=waits)
+    assert gpu.linear_types == {torch.bfloat16, torch.float64}
 
 
 def test_a_resumed_run_does_too(pretrain, pretrain_flags, monkeypatch):

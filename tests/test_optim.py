@@ -200,9 +200,10 @@ OPTIMIZERS = {
 
 
 @pytest.mark.parametrize("scaled", [False, True], ids=["", "scaled"])
+@pytest.mark.parametrize("measure", [False, True], ids=["", "measured"])
 @pytest.mark.parametrize("clip_grad", [None, 0.5, 1e3])
 @pytest.mark.parametrize("name", OPTIMIZERS)
-def test_clip_and_step_equals_clipping_by_hand(name, clip_grad, scaled):
+def test_clip_and_step_equals_clipping_by_hand(name, clip_grad, measure, scaled):
     torch.manual_seed(0)
     model = nn.Linear(6, 3)
     twin = copy.deepcopy(model)
@@ -215,13 +216,17 @@ def test_clip_and_step_equals_clipping_by_hand(name, clip_grad, scaled):
             set_lr(optimizer, 0.05)
         imgs = (step + 1) * normal(step, 5, 6)
         scaler.scale(model(imgs).square().sum()).backward()
-        clip_and_step(model, ours, scaler, clip_grad)
+        norm = clip_and_step(model, ours, scaler, clip_grad, measure)
         assert all(parameter.grad is None for parameter in model.parameters())
 
         twin.zero_grad()
         twin(imgs).square().sum().backward()
         length = sum(p.grad.square().sum() for p in twin.parameters()).sqrt().item()
         assert 0.5 < length < 1e3
+        if measure or clip_grad is not None:
+            assert norm.item() == pytest.approx(length, rel=1e-5)
+        else:
+            assert norm is None
         for parameter in twin.parameters():
             parameter.grad *= 1.0 if clip_grad is None else min(1.0, clip_grad / length)
         theirs.step()
@@ -229,14 +234,15 @@ def test_clip_and_step_equals_clipping_by_hand(name, clip_grad, scaled):
             torch.testing.assert_close(value, expected, rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("clip_grad", [None, 0.5])
-def test_a_step_whose_scaled_gradients_overflow_is_skipped(clip_grad):
+@pytest.mark.parametrize(("clip_grad", "measure"), [(None, False), (None, True), (0.5, False)])
+def test_a_step_whose_scaled_gradients_overflow_is_skipped(clip_grad, measure):
     model = nn.Linear(6, 3)
     before = copy.deepcopy(model.state_dict())
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
     (scaler.scale(model(torch.ones(1, 6)).sum()) * float("inf")).backward()
-    clip_and_step(model, optimizer, scaler, clip_grad)
+    norm = clip_and_step(model, optimizer, scaler, clip_grad, measure)
+    assert norm is None or not norm.isfinite()
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
     assert scaler.get_scale() == 512
     assert model.weight.grad is None

@@ -3,6 +3,7 @@
 import errno
 import functools
 import json
+import math
 import signal
 import sys
 import time
@@ -99,7 +100,8 @@ def test_outputs_of_a_run(pretrain_flags, pretrain, capsys):
     assert names == {"log.txt", "encoder.safetensors"} | checkpoints
 
     scalars, images = events(out_dir)
-    assert set(scalars) == {"train_loss", "lr", "val_loss"}
+    assert set(scalars) == {"train_loss", "lr", "grad_norm", "val_loss"}
+    assert list(scalars["grad_norm"]) == list(scalars["train_loss"])
     assert list(scalars["train_loss"]) == [444, 888, 1000, 1444, 1888, 2000]
     schedule = dict(lr=1e-2, min_lr=0.0, warmup_epochs=1, epochs=2)
     # Step 3 (of 0 to 8) belongs to the update that began at step 2, step 8 to a tail of its own.
@@ -444,3 +446,80 @@ def test_non_finite_loss_stops_without_a_checkpoint(pretrain_flags, pretrain, us
     message = user_error(lambda: pretrain(pretrain_flags | {"lr": 1e30, "warmup_epochs": 0}))
     assert "epoch 0, step 1, rank 0" in message
     assert not list(pretrain_flags["output_dir"].glob("*.pth"))
+
+
+# ---- the gradients' norm
+
+
+@pytest.fixture
+def norms(monkeypatch):
+    """The gradients' norm, by hand, at every step of an optimizer in this test."""
+    found, step = [], torch.amp.GradScaler.step
+
+    def spy(self, optimizer):
+        grads = [p.grad for g in optimizer.param_groups for p in g["params"] if p.grad is not None]
+        found.append(math.sqrt(sum(grad.double().square().sum().item() for grad in grads)))
+        return step(self, optimizer)
+
+    monkeypatch.setattr(torch.amp.GradScaler, "step", spy)
+    return found
+
+
+def test_the_norm_is_measured_at_log_lines(pretrain_flags, pretrain, norms, capsys):
+    """Nine steps in updates of two: 0-1, 2-3, 4-5, 6-7 and 8, the lines after 4, 8 and 9 steps."""
+    pretrain(pretrain_flags | {"accum_iter": 2, "log_every": 4, "epochs": 1})
+    measured = [norms[1], norms[3], norms[4]]
+    record = json.loads((pretrain_flags["output_dir"] / "log.txt").read_text())
+    assert record["grad_norm"] == pytest.approx(sum(measured) / 3, rel=1e-5)
+    drawn = events(pretrain_flags["output_dir"])[0]["grad_norm"]
+    assert list(drawn.values()) == pytest.approx(measured, rel=1e-5)
+    out = capsys.readouterr().out
+    assert all(f"  grad norm {norm:.3g}  " in out for norm in measured)
+
+
+@pytest.mark.parametrize(
+    ("accum_iter", "log_every", "measured"),
+    [
+        (1, 3, [2, 5, 8]),
+        (1, 20, [8]),
+        (2, 3, [1, 5, 8]),  # lines after the steps 2, 5 and 8: updates end with 1, 3, 5, 7, 8
+        (4, 3, [3, 8]),  # before the first line no update ends, after step 7 there is no line
+        (20, 3, [8]),
+    ],
+)
+def test_which_updates_are_measured(accum_iter, log_every, measured):
+    loader = mock.Mock(images_per_step=1, __len__=lambda _: 9)
+    meter = logs.Meter(None, SimpleNamespace(totals={}, epoch=0, step=0), loader, log_every)
+    ends = [step for step in range(9) if (step + 1) % accum_iter == 0 or step == 8]
+    assert [step for step in ends if meter.shows_update(step, accum_iter)] == measured
+
+
+def test_a_clip_gives_the_norm_of_all_updates_before_it_clips(
+    classify_flags, finetune, norms, monkeypatch
+):
+    """Also in fine-tuning. A mean over updates that clipping would leave at 0.01."""
+    unclipped, clip = [], torch.nn.utils.clip_grad_norm_
+
+    def spy(parameters, max_norm):
+        parameters = list(parameters)
+        grads = [p.grad.double() for p in parameters if p.grad is not None]
+        unclipped.append(math.sqrt(sum(grad.square().sum().item() for grad in grads)))
+        return clip(parameters, max_norm)
+
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", spy)
+    finetune(classify_flags | {"clip_grad": 0.01, "log_every": 4, "epochs": 1, "drop_path": 0})
+    assert len(unclipped) == 9
+    assert max(norms) < 0.0101 < min(unclipped)
+    record = json.loads((classify_flags["output_dir"] / "log.txt").read_text())
+    assert record["grad_norm"] == pytest.approx(sum(unclipped) / 9, rel=1e-5)
+
+
+def test_measuring_changes_no_bit(pretrain_flags, pretrain):
+    """Every update is measured, or only the last."""
+    for log_every in (1, 20):
+        pretrain(
+            pretrain_flags
+            | {"log_every": log_every, "output_dir": pretrain_flags["output_dir"] / str(log_every)}
+        )
+    often, seldom = (final_state(pretrain_flags["output_dir"] / name) for name in ("1", "20"))
+    assert_same_bits(often, seldom)
