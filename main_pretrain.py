@@ -43,7 +43,7 @@ PICTURED_IMAGES = 8
 def get_args_parser():
     parser = cli.ArgumentParser(description=__doc__)
     model = flags.add_model_flags(parser)
-    model.add_argument(
+    flags.MayBeAccepted(model).add_argument(
         "--mask_ratio", type=cli.number(), default=0.75, help="share of the patches to remove"
     )
     model.add_argument(
@@ -88,7 +88,12 @@ def main(args):
         with (
             locking.lock(args.output_dir, process),
             memory.explain_running_out(
-                args.batch_size, args.model, args.input_size, amp_dtype, args.grad_checkpointing
+                args.batch_size,
+                args.model,
+                args.input_size,
+                amp_dtype,
+                args.grad_checkpointing,
+                trains=True,
             ),
         ):
             pretrain(args, process, amp_dtype)
@@ -149,12 +154,22 @@ def pretrain(args, process, amp_dtype):
             "dtype": dtype,
         },
         defaults=flags.fixed_by_default(get_args_parser()) | pixels.RGB.stored(),
-        contents={"command": "main_pretrain.py", "args": vars(args)},
+        contents={
+            "command": "main_pretrain.py",
+            "args": vars(args),
+            "schedule": schedule,
+            "steps": len(train_loader),
+        },
         epochs=args.epochs,
         save_every=args.save_every,
         save_minutes=args.save_minutes,
     )
-    checkpoints.restore(state, args.resume)
+    checkpoints.restore(
+        state,
+        args.resume,
+        acceptable=flags.acceptable(get_args_parser()),
+        accept_changes=args.accept_changes,
+    )
     log = logs.RunLog(
         args.output_dir, args.log_dir, process, state, train_loader, args.epochs, tag="train_loss"
     )
@@ -195,7 +210,7 @@ def pretrain(args, process, amp_dtype):
                     amp_dtype=amp_dtype,
                     seed=args.seed,
                 )
-            log.epoch(record | held_out)
+            log.epoch(record | held_out | checkpoints.accepted_in(state.epoch))
             checkpoints.save_epoch(state)
             # After the save: an epoch that runs again would be drawn twice.
             log.scalars(1000 * (state.epoch + 1), held_out)
