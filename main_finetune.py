@@ -53,7 +53,7 @@ def get_args_parser():
         metavar="CKPT",
         help="the encoder to start from; if not given, from scratch",
     )
-    model.add_argument(
+    flags.MayBeAccepted(model).add_argument(
         "--drop_path", type=cli.number(0, 1, below=True), default=0.1, help="rate of drop path"
     )
     flags.add_data_flags(parser)
@@ -103,7 +103,12 @@ def train_or_evaluate(args, train, evaluate):
 
 def finetune(args, process, amp_dtype):
     with memory.explain_running_out(
-        args.batch_size, args.model, args.input_size, amp_dtype, args.grad_checkpointing
+        args.batch_size,
+        args.model,
+        args.input_size,
+        amp_dtype,
+        args.grad_checkpointing,
+        trains=True,
     ):
         train_whole_model(args, process, amp_dtype)
 
@@ -257,12 +262,23 @@ def train_classifier(
             "encoder": encoder,
         },
         defaults=flags.fixed_by_default(parser) | pixels.RGB.stored(),
-        contents={"command": command, "args": vars(args), "classes": train_paths.classes},
+        contents={
+            "command": command,
+            "args": vars(args),
+            "classes": train_paths.classes,
+            "schedule": schedule,
+            "steps": len(train_loader),
+        },
         epochs=args.epochs,
         save_every=args.save_every,
         save_minutes=args.save_minutes,
     )
-    checkpoints.restore(state, args.resume)
+    checkpoints.restore(
+        state,
+        args.resume,
+        acceptable=flags.acceptable(parser),
+        accept_changes=args.accept_changes,
+    )
     log = logs.RunLog(
         args.output_dir, args.log_dir, process, state, train_loader, args.epochs, tag="loss"
     )
@@ -299,7 +315,8 @@ def train_classifier(
             checkpoints.save_last(state)  # the evaluation may fail
             figures = evaluate(model, val_loader, amp_dtype=amp_dtype)
             log.line(logs.accuracy_line(figures))
-            log.epoch(record | figures | {"n_parameters": parameters})
+            accepted = checkpoints.accepted_in(state.epoch)
+            log.epoch(record | figures | {"n_parameters": parameters} | accepted)
             checkpoints.save_epoch(state, score=figures["test_acc1"])
             # By epoch, and after the save: an epoch that runs again would be drawn twice.
             log.scalars(state.epoch + 1, {f"perf/{name}": v for name, v in figures.items()})

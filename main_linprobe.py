@@ -62,7 +62,7 @@ def main(args):
 
 
 def probe(args, process, amp_dtype):
-    with memory.explain_running_out(args.batch_size):
+    with memory.explain_running_out(args.batch_size, trains=True):
         train_head(args, process, amp_dtype)
 
 

@@ -50,7 +50,7 @@ PICTURED_IMAGES = 8
 def get_args_parser():
     parser = cli.ArgumentParser(description=__doc__)
     model = flags.add_model_flags(parser)
-    model.add_argument(
+    flags.MayBeAccepted(model).add_argument(
         "--mask_ratio", type=cli.number(), default=0.75, help="share of the patches to remove"
     )
     model.add_argument(
@@ -127,7 +127,12 @@ def main(args):
         with (
             locking.lock(args.output_dir, process),
             memory.explain_running_out(
-                args.batch_size, args.model, args.input_size, amp_dtype, args.grad_checkpointing
+                args.batch_size,
+                args.model,
+                args.input_size,
+                amp_dtype,
+                args.grad_checkpointing,
+                trains=True,
             ),
         ):
             pretrain(args, process, amp_dtype)
@@ -198,12 +203,17 @@ def pretrain(args, process, amp_dtype):
             "init": start and start.fingerprint,
         },
         defaults=flags.fixed_by_default(get_args_parser()) | pixels.RGB.stored(),
-        contents=about,
+        contents=about | {"schedule": schedule, "steps": len(train_loader)},
         epochs=args.epochs,
         save_every=args.save_every,
         save_minutes=args.save_minutes,
     )
-    checkpoints.restore(state, args.resume)
+    checkpoints.restore(
+        state,
+        args.resume,
+        acceptable=flags.acceptable(get_args_parser()),
+        accept_changes=args.accept_changes,
+    )
     log = logs.RunLog(
         args.output_dir, args.log_dir, process, state, train_loader, args.epochs, tag="train_loss"
     )
@@ -273,7 +283,7 @@ def pretrain(args, process, amp_dtype):
                     amp_dtype=amp_dtype,
                 )
                 log.line(logs.features_line(learned))
-            log.epoch(record | held_out | learned)
+            log.epoch(record | held_out | learned | checkpoints.accepted_in(state.epoch))
             checkpoints.save_epoch(state)
             # After the save: an epoch that runs again would be drawn twice.
             curves = held_out | {f"perf/{name}": value for name, value in learned.items()}

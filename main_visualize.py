@@ -121,10 +121,8 @@ def main(args):
     if args.curves:
         draw_curves(args)
         return
-    if args.checkpoint is None:
-        get_args_parser().error("the following arguments are required: --checkpoint")
-    if args.images is None and args.data_path is None:
-        get_args_parser().error("one of the arguments --images --data_path is required")
+    if not args.checkpoint or not (args.images or args.data_path):
+        raise UserError("give a model by --checkpoint, and images by --images or --data_path")
 
     # ---- setup
     device = distributed.select_device(args.device)

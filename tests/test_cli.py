@@ -458,15 +458,15 @@ def test_running_out_of_memory(
     monkeypatch.setattr(memory, "COUNTED", counted)
     is_counted = counted_size == 8 and "Default" not in str(error)
     takes = ", which takes about 3.0 GiB, or 2.0 with --grad_checkpointing" if is_counted else ""
-    add = "add --grad_checkpointing to the same command, which then continues from the last "
-    anew = (
-        "start anew in another --output_dir with a lower --batch_size and a higher --accum_iter "
+    add = "add to the same command, which then continues from the last checkpoint, "
+    lower = (
+        "--accept_changes with a lower --batch_size and a higher --accum_iter "
         "(docs/memory.md says what fits)"
     )
     problem = "error: out of memory with --batch_size 2"
-    assert pretrain_error(pretrain_flags) == f"{problem}: {add}checkpoint, or {anew}"
+    assert pretrain_error(pretrain_flags) == f"{problem}: {add}--grad_checkpointing, or {lower}"
     bf16 = {"amp": "bf16", "output_dir": tmp_path / "bf16", "grad_checkpointing": True}
-    assert pretrain_error(pretrain_flags | bf16) == f"{problem}{takes}: {anew}"
+    assert pretrain_error(pretrain_flags | bf16) == f"{problem}{takes}: {add}{lower}"
 
 
 def test_running_out_of_memory_where_recomputing_is_no_help(
@@ -477,7 +477,10 @@ def test_running_out_of_memory_where_recomputing_is_no_help(
 
     monkeypatch.setattr(main_finetune, "train_one_epoch", run_out)
     message = linprobe_error(classify_flags)
-    assert message == "error: out of memory with --batch_size 2: lower it"
+    assert message == (
+        "error: out of memory with --batch_size 2: lower it and add --accept_changes to go on from "
+        "the last checkpoint"
+    )
 
 
 def test_other_errors_of_torch_are_no_lack_of_memory(pretrain_flags, pretrain, monkeypatch):
@@ -510,7 +513,7 @@ def test_a_card_without_bf16(monkeypatch, user_error):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla T4")
     device = torch.device("cuda", 0)
     message = user_error(lambda: precision.resolve_amp("bf16", device))
-    assert message == "--amp bf16 is not supported by Tesla T4: use fp16 or off"
+    assert message.startswith("--amp bf16 is not supported by Tesla T4: use fp16 or off, with ")
     assert precision.resolve_amp("auto", device) is torch.float16
 
 
@@ -531,7 +534,8 @@ def group_of_two(monkeypatch):
         monkeypatch.setenv(name, str(value))
     for function in ("init_process_group", "new_group"):
         monkeypatch.setattr(dist, function, lambda *_, **options: told.append(options["timeout"]))
-    monkeypatch.setattr(dist, "destroy_process_group", lambda: None)
+    for function in ("barrier", "destroy_process_group"):
+        monkeypatch.setattr(dist, function, lambda: None)
     return told
 
 

@@ -112,15 +112,7 @@ def test_wrong_input_is_refused(tmp_path, user_error, monkeypatch):
     assert "pip install matplotlib" in user_error(lambda: show(flags))
 
 
-@pytest.mark.parametrize(
-    ("flags", "message"),
-    [
-        ({"images": "cat.jpg"}, "the following arguments are required: --checkpoint"),
-        ({"checkpoint": "c.pth"}, "one of the arguments --images --data_path is required"),
-    ],
-)
-def test_a_reconstruction_still_needs_its_flags(flags, message, capsys):
-    with pytest.raises(SystemExit) as stopped:
-        show(flags)
-    assert stopped.value.code == 2
-    assert f"error: {message} (see " in capsys.readouterr().err
+@pytest.mark.parametrize("flags", [{"images": "cat.jpg"}, {"checkpoint": "c.pth"}])
+def test_a_reconstruction_still_needs_its_flags(flags, user_error):
+    message = user_error(lambda: show(flags))
+    assert message == "give a model by --checkpoint, and images by --images or --data_path"

@@ -192,12 +192,12 @@ def test_what_is_computed_defines_a_training_and_not_the_flag_for_it(
 
 FREE = (
     "data_path num_workers pin_mem output_dir log_dir device resume compile amp save_every "
-    "save_minutes log_every timeout_minutes max_pixels"
+    "save_minutes log_every timeout_minutes max_pixels accept_changes"
 ).split()
 FREE_FLAGS = {
     main_pretrain: {*FREE, "grad_checkpointing"},
-    main_finetune: {*FREE, "grad_checkpointing", "finetune", "eval", "dist_eval"},
-    main_linprobe: {*FREE, "finetune", "eval", "dist_eval"},
+    main_finetune: {*FREE, "grad_checkpointing", "finetune", "eval", "dist_eval", "predictions"},
+    main_linprobe: {*FREE, "finetune", "eval", "dist_eval", "predictions"},
 }
 
 

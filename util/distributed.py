@@ -112,6 +112,10 @@ def process_group(device: str, timeout_minutes: float = 30) -> Iterator[Process]
     finally:
         # Destroying an NCCL group waits for its peers. After an error of this process they would
         # never come: leave at once instead, and torchrun ends them.
+        if leaving_together and backend == "gloo":
+            # With torch 2.6, destroying the group hung in one of six starts beside busy processes,
+            # where one process came much earlier than the other.
+            dist.barrier()
         if leaving_together or backend == "gloo":
             dist.destroy_process_group()
 

@@ -10,6 +10,10 @@ class UserError(ValueError):
     """What is wrong, where, and what to do about it, in one line; commands exit with code 2."""
 
 
+class NotFinite(UserError):
+    """A loss or a state that is not finite; `training.Checkpoints` adds what to do about it."""
+
+
 def warn(message: str) -> None:
     """One line on stderr, from the main process only."""
     if os.environ.get("RANK", "0") == "0":

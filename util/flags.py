@@ -1,7 +1,12 @@
 """The flags that commands share, in groups; every command sets its own defaults.
 
-A flag added by `MayChange` says where and how a training runs, not what it computes: a resumed
-training may change it. All other flags define the training.
+Beside each stands whether a resumed training may change it. There are three kinds:
+
+- freely, if `MayChange` adds it: it says where and how a training runs, not what it computes;
+- with --accept_changes, if `MayBeAccepted` adds it: it says what the next steps do. The weights
+  keep their shapes and their meaning;
+- never, all other flags: the weights would not fit any more (model, sizes, channels, classes), or
+  would mean something else (what is predicted, what a pixel or a class stands for).
 """
 
 import argparse
@@ -23,6 +28,32 @@ class MayChange:
     def add_argument(self, *names: str, **options: Any) -> None:
         flag = self.group.add_argument(*names, **options)
         flag.may_change = True  # type: ignore[attr-defined]
+
+
+class MayBeAccepted:
+    """Adds flags to a group that a resumed training may change with --accept_changes."""
+
+    def __init__(self, group: argparse._ActionsContainer) -> None:
+        self.group = group
+
+    def add_argument(self, *names: str, **options: Any) -> None:
+        flag = self.group.add_argument(*names, **options)
+        flag.may_be_accepted = True  # type: ignore[attr-defined]
+
+
+# What defines a training and is no flag. The rest of it never changes: the encoder that it started
+# from, and its classes.
+_ACCEPTABLE_FACTS = {"processes", "images", "image_names", "dtype"}
+
+# Where one of these changes, the steps of an epoch take other images than before, or other updates
+# end in them: an epoch that was begun can't go on, it begins again.
+CHANGES_STEPS = {"batch_size", "accum_iter", "seed", "processes", "images", "image_names"}
+
+
+def acceptable(parser: argparse.ArgumentParser) -> set[str]:
+    """What defines a training, but may change in a resumed one with --accept_changes."""
+    marked = {a.dest for a in parser._actions if getattr(a, "may_be_accepted", False)}
+    return marked | _ACCEPTABLE_FACTS
 
 
 def fixed(parser: argparse.ArgumentParser, flags: dict[str, Any]) -> dict[str, Any]:
@@ -105,6 +136,13 @@ def add_eval_flags(parser: argparse.ArgumentParser) -> None:
         help="evaluate the classifier in the file of --resume, don't train",
     )
     free.add_argument(
+        "--predictions",
+        type=path,
+        metavar="FILE.csv",
+        help="with --eval: write each image's label, predicted class and likeliest five classes "
+        "with their probabilities, also of images without labels",
+    )
+    free.add_argument(
         "--dist_eval",
         action=DistEval,
         nargs=0,
@@ -144,7 +182,8 @@ def add_data_flags(parser: argparse.ArgumentParser) -> None:
     """Where images come from and how they are loaded."""
     group = parser.add_argument_group("Data")
     add_source_flags(group)
-    group.add_argument(
+    accepted = MayBeAccepted(group)
+    accepted.add_argument(
         "--crop_scale",
         type=number(0, 1, above=True),
         nargs=2,
@@ -152,10 +191,10 @@ def add_data_flags(parser: argparse.ArgumentParser) -> None:
         metavar=("LO", "HI"),
         help="the random crop's area, as a share of the image's",
     )
-    group.add_argument(
+    accepted.add_argument(
         "--no_flip", action="store_true", help="don't flip images from left to right"
     )
-    group.add_argument(
+    accepted.add_argument(
         "--decode",
         choices=["full", "scaled"],
         default="full",
@@ -234,9 +273,9 @@ def add_reading_flags(group: argparse._ActionsContainer) -> None:
     )
 
 
-def add_optimization_flags(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
+def add_optimization_flags(parser: argparse.ArgumentParser) -> MayBeAccepted:
     """Batch size, length and learning rate of a training."""
-    group = parser.add_argument_group("Optimization")
+    group = MayBeAccepted(parser.add_argument_group("Optimization"))
     group.add_argument("--batch_size", type=integer(1), help="images per process and step")
     group.add_argument("--epochs", type=integer(1), help="length of the training")
     group.add_argument(
@@ -265,7 +304,7 @@ def add_optimization_flags(parser: argparse.ArgumentParser) -> argparse._Argumen
 
 def add_augmentation_flags(parser: argparse.ArgumentParser) -> None:
     """Augmentation and regularisation of images and labels, by timm."""
-    group = parser.add_argument_group("Augmentation")
+    group = MayBeAccepted(parser.add_argument_group("Augmentation"))
     group.add_argument(
         "--color_jitter", type=number(), help="strength of colour jitter, used without a policy"
     )
@@ -331,7 +370,7 @@ def add_runtime_flags(parser: argparse.ArgumentParser, grad_checkpointing: bool 
         "--log_dir", type=path, metavar="DIR", help="TensorBoard's folder, output_dir by default"
     )
     add_device_flag(group)
-    group.add_argument("--seed", type=integer(0), default=0, help="random seed")
+    MayBeAccepted(group).add_argument("--seed", type=integer(0), default=0, help="random seed")
     free.add_argument(
         "--resume",
         type=path,
@@ -339,6 +378,12 @@ def add_runtime_flags(parser: argparse.ArgumentParser, grad_checkpointing: bool 
         metavar="{auto,none,PATH}",
         help="auto continues from output_dir's newest whole checkpoint, PATH from this file, "
         "none starts anew",
+    )
+    free.add_argument(
+        "--accept_changes",
+        action="store_true",
+        help="resume under different settings, such as more epochs, another learning rate or "
+        "other images; each change is said and recorded",
     )
     # The type that it chooses on a device does define a training.
     free.add_argument(

@@ -329,7 +329,8 @@ def train_loader(
     if len(paths) < effective_batch:
         raise UserError(
             f"{paths.origin} has {len(paths)} training images, fewer than one global "
-            f"batch of {effective_batch} (batch_size x accum_iter x processes): lower --batch_size"
+            f"batch of {effective_batch} (batch_size x accum_iter x processes): lower "
+            "--batch_size, with --accept_changes if the training has begun"
         )
     batches = ShuffledBatches(len(paths), batch_size, process, seed)
     dataset = ImageDataset(paths, transform, seed, pixels, decode)

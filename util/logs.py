@@ -19,7 +19,7 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from util import distributed
-from util.errors import UserError, say, warn
+from util.errors import NotFinite, UserError, say, warn
 from util.loading import MAX_UNREADABLE_SHARE, MIN_UNREADABLE, Batch, ImageLoader
 from util.training import TrainingState
 
@@ -193,7 +193,8 @@ class Meter:
         All processes take part, at the same step.
 
         Raises:
-            UserError: a process's loss is not finite; too many images are unreadable.
+            NotFinite: a process's loss is not finite.
+            UserError: too many images are unreadable.
         """
         if not self._losses:
             return
@@ -235,10 +236,9 @@ class Meter:
         for offset, step_losses in enumerate(zip(*losses, strict=True)):
             for rank, loss in enumerate(step_losses):
                 if not math.isfinite(loss):
-                    raise UserError(
+                    raise NotFinite(
                         f"the loss is {loss} at epoch {self.epoch}, step {first_step + offset}, "
-                        f"rank {rank}: start anew in another --output_dir with a lower learning "
-                        "rate, a longer warm-up, --clip_grad 1 or, in fp16 or bf16, --amp off"
+                        f"rank {rank}"
                     )
 
     def _check_readable(self) -> None:
@@ -249,8 +249,8 @@ class Meter:
         if bad > MAX_UNREADABLE_SHARE * images:
             raise UserError(
                 f"{bad} of the folder's {images:,} images are unreadable, at least "
-                f"{MIN_UNREADABLE} and more than {MAX_UNREADABLE_SHARE:.0%}: repair or remove the "
-                "files warned about"
+                f"{MIN_UNREADABLE} and more than {MAX_UNREADABLE_SHARE:.0%}: repair the files "
+                "warned about, or remove them and add --accept_changes to the same command"
             )
 
     def _show(

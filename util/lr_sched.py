@@ -39,6 +39,24 @@ def warmup_cosine_lr(
     return min_lr + (lr - min_lr) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
+def lr_jump(before: dict[str, float], after: dict[str, float], epoch: float) -> str:
+    """What another schedule does to the learning rate at a fractional epoch, or "" if nothing.
+
+    Args:
+        before, after: the keywords of `warmup_cosine_lr`. A schedule stays at its last value.
+    """
+    rates = []
+    for schedule in (before, after):
+        if epoch >= schedule["epochs"] > schedule["warmup_epochs"]:
+            rates.append(schedule["min_lr"])
+        elif epoch >= schedule["epochs"]:
+            rates.append(schedule["lr"] * schedule["epochs"] / schedule["warmup_epochs"])
+        else:
+            rates.append(warmup_cosine_lr(epoch, **schedule))
+    shown = [f"{rate:.2e}" for rate in rates]
+    return f"lr at this point {shown[0]} -> {shown[1]}" if shown[0] != shown[1] else ""
+
+
 def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
     """Give every group of the optimizer `lr`, times its `lr_scale` where it has one."""
     for group in optimizer.param_groups:

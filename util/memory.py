@@ -20,6 +20,8 @@ def explain_running_out(
     input_size: int | tuple[int, int] | None = None,
     dtype: torch.dtype | None = None,
     grad_checkpointing: bool = False,
+    *,
+    trains: bool = False,
 ) -> Iterator[None]:
     """Turn an allocation that fails, on a GPU or a CPU, into a UserError that says what helps.
 
@@ -29,6 +31,7 @@ def explain_running_out(
         input_size: size of its images, in pixels, an int or (height, width).
         dtype: a `resolve_amp` type.
         grad_checkpointing: whether it is on.
+        trains: whether there may be a checkpoint to go on from.
     """
     try:
         yield
@@ -37,21 +40,22 @@ def explain_running_out(
             raise
         problem = f"out of memory with --batch_size {batch_size}"
         if model is None:
-            raise UserError(f"{problem}: lower it") from error
+            go_on = " and add --accept_changes to go on from the last checkpoint"
+            raise UserError(f"{problem}: lower it{go_on if trains else ''}") from error
         is_counted = dtype is torch.bfloat16 and "allocate memory" not in str(error)
         if is_counted and (gib := counted_gib(batch_size, model, input_size)):
             problem += f", which takes about {gib[0]:.1f} GiB, or {gib[1]:.1f} with "
             problem += "--grad_checkpointing"
         advice = (
-            "start anew in another --output_dir with a lower --batch_size and a higher "
-            "--accum_iter (docs/memory.md says what fits)"
+            "--accept_changes with a lower --batch_size and a higher --accum_iter (docs/memory.md "
+            "says what fits)"
         )
         if not grad_checkpointing:
-            advice = (
-                "add --grad_checkpointing to the same command, which then continues from the last "
-                f"checkpoint, or {advice}"
-            )
-        raise UserError(f"{problem}: {advice}") from error
+            advice = f"--grad_checkpointing, or {advice}"
+        raise UserError(
+            f"{problem}: add to the same command, which then continues from the last checkpoint, "
+            f"{advice}"
+        ) from error
 
 
 def counted_gib(

@@ -6,6 +6,8 @@ import torch
 from timm.optim import param_groups_weight_decay
 from torch import Tensor, nn
 
+from util.errors import UserError
+
 
 def weight_decay_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     """Two groups of the trainable parameters: 1-D tensors and biases without weight decay."""
@@ -47,6 +49,55 @@ def adamw(groups: Any, *, betas: tuple[float, float]) -> torch.optim.AdamW:
     The learning rate starts at 0: the training loop sets it before every step.
     """
     return torch.optim.AdamW(groups, lr=0.0, betas=betas, fused=True)
+
+
+def parameter_names(optimizer: torch.optim.Optimizer, model: nn.Module) -> list[str]:
+    """The model's names of the optimizer's parameters, as its `state_dict` numbers them."""
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    return [names[parameter] for group in optimizer.param_groups for parameter in group["params"]]
+
+
+def load_state(
+    optimizer: torch.optim.Optimizer,
+    model: nn.Module,
+    state: dict[str, Any],
+    saved_names: list[str] | None,
+) -> None:
+    """Load what an optimizer has gathered for each parameter, such as AdamW's moments.
+
+    The groups and their settings, such as weight decay and `lr_scale`, stay the optimizer's own:
+    those in `state` are of the time when it was saved. timm groups parameters otherwise without
+    weight decay, so that their numbers are not the same.
+
+    Args:
+        optimizer: over the model's parameters.
+        model: what is trained.
+        state: the saved optimizer's `state_dict`.
+        saved_names: its `parameter_names`; None if they are unknown and its groups the same.
+
+    Raises:
+        UserError: the saved one had other parameters.
+    """
+    names = parameter_names(optimizer, model)
+    numbers = [number for group in state["param_groups"] for number in group["params"]]
+    saved = dict(zip(saved_names or names, numbers, strict=False))
+    fits = len(numbers) == len(names) and saved.keys() == set(names)
+    if saved_names is None:
+        sizes = [len(group["params"]) for group in optimizer.param_groups]
+        fits &= sizes == [len(group["params"]) for group in state["param_groups"]]
+    gathered = {}
+    for number, name in enumerate(names if fits else []):
+        values = state["state"].get(saved[name])
+        if values is not None:
+            gathered[number] = values
+            shapes = {value.shape for value in values.values() if value.ndim}  # a counter has none
+            fits &= shapes <= {model.get_parameter(name).shape}
+    if not fits:
+        raise UserError(
+            "the checkpoint's optimizer has different parameters or groups of them than this "
+            "model's, and can't be resumed: start anew in another --output_dir"
+        )
+    optimizer.load_state_dict(optimizer.state_dict() | {"state": gathered})
 
 
 def clip_and_step(

@@ -4,6 +4,8 @@ import torch
 
 from util.errors import UserError
 
+RESUMED = ", with --accept_changes if a training goes on from another type"
+
 
 def cpu_computes_bf16() -> bool:
     """Whether this CPU multiplies bf16 natively, by AVX512-BF16 or AMX; others emulate it."""
@@ -27,13 +29,13 @@ def resolve_amp(amp: str, device: torch.device) -> torch.dtype | None:
     if device.type == "cpu":
         if amp == "fp16":
             raise UserError(
-                "--amp fp16 needs a CUDA device, this run is on the CPU: use bf16 or off"
+                f"--amp fp16 needs a CUDA device, this run is on the CPU: use bf16 or off{RESUMED}"
             )
         return torch.bfloat16 if amp == "bf16" or cpu_computes_bf16() else None
     supports_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
     if amp == "bf16" and not supports_bf16:
         name = torch.cuda.get_device_name(device)
-        raise UserError(f"--amp bf16 is not supported by {name}: use fp16 or off")
+        raise UserError(f"--amp bf16 is not supported by {name}: use fp16 or off{RESUMED}")
     return torch.bfloat16 if supports_bf16 and amp != "fp16" else torch.float16
 
 

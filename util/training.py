@@ -1,5 +1,6 @@
 """A training's state: saved as a whole after any update, restored under the same settings."""
 
+import contextlib
 import itertools
 import math
 import shutil
@@ -18,10 +19,21 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 import util
-from util import distributed
-from util.checkpoint import BEST, LAST, Writer, checkpoints_in, find_checkpoint, sort_key
-from util.errors import UserError, say, warn
+from util import distributed, optim
+from util.checkpoint import (
+    BEST,
+    LAST,
+    Writer,
+    checkpoints_in,
+    find_checkpoint,
+    load_checkpoint,
+    sort_key,
+)
+from util.errors import NotFinite, UserError, say, warn
+from util.flags import CHANGES_STEPS
+from util.lr_sched import lr_jump
 from util.stopping import StopSignals
+from util.survey import first_names
 
 if TYPE_CHECKING:
     from util.logs import Meter
@@ -67,7 +79,8 @@ class Checkpoints:
         signals: the run's `StopSignals`, which ask for a save and a stop.
         settings: what defines the training; a checkpoint resumes only under equal settings.
         defaults: settings of a checkpoint that doesn't know them, being older than their flags.
-        contents: further entries of every checkpoint, such as "command" and "args".
+        contents: further entries of every checkpoint: "command", "args", "schedule" (the
+            keywords of `warmup_cosine_lr`), "steps" (of an epoch) and a classifier's "classes".
         epochs: the training's length.
         save_every: epochs between the numbered checkpoints.
         save_minutes: how often `LAST` is renewed within an epoch.
@@ -96,27 +109,41 @@ class Checkpoints:
         self.save_every = save_every
         self.save_seconds = 60 * save_minutes
         self.writer = Writer(self.output_dir)
+        self.accepted: list[dict[str, Any]] = []  # changes of settings, see `accepted_in`
+        self._resume = "auto"
         self._next_save = time.monotonic() + self.save_seconds
         self._agree = distributed.Agreement(process)
 
     def __enter__(self) -> "Checkpoints":
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, _kind: object, error: BaseException | None, _traceback: object) -> None:
         self.writer.wait()
+        if isinstance(error, NotFinite):
+            raise UserError(f"{error}: {self._way_on()}") from error
 
-    def restore(self, state: TrainingState, resume: str) -> None:
+    def restore(
+        self, state: TrainingState, resume: str, *, acceptable: set[str], accept_changes: bool
+    ) -> None:
         """Load a checkpoint into `state`, if there is one.
 
         Args:
             state: a new training's state.
             resume: `--resume`, see `find_checkpoint`.
+            acceptable: names of the settings that a resumed training may change,
+            accept_changes: if this is true. Each change is said, and kept in `accepted`.
 
         Raises:
             UserError: the checkpoint is unusable or belongs to another training.
         """
-        if any(other != self.settings for other in distributed.gather(self.settings)):
-            raise UserError("the processes were given different flags or see different files")
+        given = self.settings | {"accept_changes": accept_changes}
+        for other in distributed.gather(given):
+            if other != given:
+                names = ", ".join(name for name in given if other.get(name) != given[name])
+                raise UserError(
+                    f"the processes were given different flags or see different files ({names}): "
+                    "start all of them with the same flags, on the same files"
+                )
         # A machine's processes share the pages of a mapped file. On a CPU the optimizer's state
         # would stay in them.
         mmap = self.process.device.type == "cuda"
@@ -127,8 +154,9 @@ class Checkpoints:
                 f"the processes find different checkpoints in {self.output_dir}: it must be on a "
                 "file system that all of them share"
             )
+        changed = {}
         if found is not None:
-            self._check_same_training(*found)
+            changed = self._check_same_training(*found, acceptable, accept_changes)
         self._resume = resume
         if resume != "auto" and self.process.is_main:
             start = (found[0]["epoch"], found[0]["step"]) if found else (-math.inf, 0)
@@ -137,9 +165,15 @@ class Checkpoints:
         if found is None:
             return
         contents, path = found
-        for name in ("model", "optimizer", "scaler"):
-            if contents[name]:  # a disabled scaler's is empty
-                getattr(state, name).load_state_dict(contents[name])
+        state.model.load_state_dict(contents["model"])
+        optim.load_state(
+            state.optimizer,
+            state.model,
+            contents["optimizer"],
+            contents.get("optimizer_names"),  # which older checkpoints lack
+        )
+        if contents["scaler"]:  # a disabled one's is empty
+            state.scaler.load_state_dict(contents["scaler"])
         state.epoch, state.step = contents["epoch"], contents["step"]
         state.best = contents["best"] if has_best else None
         if self.process.is_main:
@@ -149,6 +183,67 @@ class Checkpoints:
             state.begin_next_epoch()
         else:
             state.totals = contents["totals"]
+        self.accepted = contents.get("accepted_changes", [])
+        if changed:
+            self._accept(changed, state, contents)
+
+    def _accept(
+        self, changed: dict[str, tuple[Any, Any]], state: TrainingState, contents: dict[str, Any]
+    ) -> None:
+        """Say and note the changed settings, and what they do to the epoch that goes on."""
+        lines = [f"accepted: {name} {_shown(*values)}" for name, values in changed.items()]
+        steps = self.contents["steps"]
+        cause = ", ".join(name for name in changed if name in CHANGES_STEPS)
+        if cause and 0 < state.step == contents.get("steps"):
+            state.step = steps  # the epoch is trained, and remains to be evaluated
+        elif cause and state.step:
+            lines.append(
+                f"epoch {state.epoch} begins again, with the weights after its step {state.step}, "
+                f"as its steps have changed ({cause})"
+            )
+            state.step, state.totals = 0, {}
+        if state.epoch >= self.epochs:
+            lines.append(
+                f"{state.epoch} epochs are trained, --epochs is {self.epochs}: nothing is left"
+            )
+        elif "schedule" in contents:  # that of an older checkpoint is not known
+            now = state.epoch + state.step / steps
+            lines.append(lr_jump(contents["schedule"], self.contents["schedule"], now))
+        if self.process.is_main:
+            for line in filter(None, lines):
+                say(line, sys.stdout)
+        self.accepted = self.accepted + [
+            {"epoch": state.epoch, "step": state.step, "name": name, "before": old, "after": new}
+            for name, (old, new) in changed.items()
+        ]
+
+    def accepted_in(self, epoch: int) -> dict[str, Any]:
+        """The epoch's entry of log.txt on changes of settings; empty if there were none."""
+        changes = [change for change in self.accepted if change["epoch"] == epoch]
+        return {"accepted_changes": changes} if changes else {}
+
+    def _way_on(self) -> str:
+        """What to do about a loss or state that is not finite."""
+        change = (
+            "repeat the command with --accept_changes and a lower learning rate (--lr or --blr), a "
+            "longer --warmup_epochs, --clip_grad 1 or, in fp16 or bf16, --amp off"
+        )
+        if self._resume == "none":
+            return f"{change}; it begins anew"
+        places = []  # of the whole checkpoints, from old to new
+        for path in checkpoints_in(self.output_dir):
+            with contextlib.suppress(UserError):
+                places.append(_place(path))
+        places.sort(key=lambda place: place[:3])
+        if self._resume == "auto" and not places:
+            return f"{change}; it begins anew"
+        start = places[-1] if self._resume == "auto" else _place(Path(self._resume))
+        earlier = [place for place in places if place[:2] < start[:2]]
+        back = f"--resume {earlier[-1][3]} ({earlier[-1][4]}), or " if earlier else ""
+        return (
+            f"{change}; it continues from {start[3]} ({start[4]}). If that is too late, add "
+            f"{back}--resume none, which begins anew"
+        )
 
     def _set_newer_files_aside(self, resume: str, start: tuple[float, float]) -> None:
         """Rename checkpoints newer than this run's start, so that a later auto doesn't take them.
@@ -166,7 +261,18 @@ class Checkpoints:
                 path.rename(old)
             warn(f"--resume {resume}: what {path} was is kept as {old.name}")
 
-    def _check_same_training(self, contents: dict[str, Any], path: str | Path) -> None:
+    def _check_same_training(
+        self,
+        contents: dict[str, Any],
+        path: str | Path,
+        acceptable: set[str],
+        accept_changes: bool,
+    ) -> dict[str, tuple[Any, Any]]:
+        """The settings that changed and may do so, each as before and as now.
+
+        Raises:
+            UserError: one may not; the checkpoint is none of this command.
+        """
         command = self.contents["command"]
         if contents.get("command") != command or "optimizer" not in contents:
             raise UserError(
@@ -185,19 +291,35 @@ class Checkpoints:
             if self.process.device.type == "cpu":
                 dtypes["auto"] = "float32"
             saved = {**saved, "dtype": dtypes.get(saved["amp"], self.settings["dtype"])}
-        changed = [
-            f"{name} ({saved.get(name)} -> {value})"
-            for name, value in self.settings.items()
-            if saved.get(name) != value
-        ]
-        if changed:
-            hint = ""
-            if saved.get("dtype") != self.settings["dtype"]:
-                hint = "; --amp chooses the dtype: off is float32"
-            raise UserError(
-                f"{path} belongs to a training with different settings: {', '.join(changed)}; "
-                f"restore them, or start anew in another --output_dir{hint}"
+        settings = self.settings
+        if "classes" in contents:  # they are kept beside the settings
+            saved, settings = (
+                values | {"classes": kept["classes"]}
+                for values, kept in ((saved, contents), (settings, self.contents))
             )
+        changed = {
+            name: (saved.get(name), value)
+            for name, value in settings.items()
+            if saved.get(name) != value
+        }
+        fatal = [name for name in changed if name not in acceptable]
+        if not changed or (accept_changes and not fatal):
+            return changed
+        named = fatal if accept_changes else list(changed)
+        shown = ", ".join(f"{name} ({_shown(*changed[name])})" for name in named)
+        if accept_changes or fatal == named:
+            advice = "these can't change, restore them"
+        elif fatal:
+            advice = f"restore {', '.join(fatal)}, which can't change, and restore the rest or add "
+            advice += "--accept_changes"
+        else:
+            advice = "restore them, add --accept_changes to go on under the new ones"
+        if "dtype" in named:
+            advice += " (--amp chooses the dtype: off is float32)"
+        raise UserError(
+            f"{path} belongs to a training with different settings: {shown}; {advice}, or start "
+            "anew in another --output_dir"
+        )
 
     def save_if_due(self, state: TrainingState, meter: "Meter") -> None:
         """After an update: renew `LAST` if it is time, or if a signal asks to stop.
@@ -262,16 +384,18 @@ class Checkpoints:
         A file that can't be written is a warning, and leaves an older one of its name untouched.
 
         Raises:
-            UserError: the state is not finite; nothing is written.
+            NotFinite: the state is not finite; nothing is written.
         """
         contents = {
             "model": state.model.state_dict(),
             "optimizer": state.optimizer.state_dict(),
+            "optimizer_names": optim.parameter_names(state.optimizer, state.model),
             "scaler": state.scaler.state_dict(),
             "epoch": state.epoch,
             "step": state.step,
             "totals": None if epoch_is_done else state.totals,
             "best": state.best,
+            "loss": state.totals["loss"] / state.totals["steps"] if state.totals else None,
             "versions": {"mae": util.__version__}
             | {
                 library.__name__: str(library.__version__)
@@ -280,15 +404,15 @@ class Checkpoints:
             "format": FORMAT,
             **self.contents,
             "training": self.settings,
+            "accepted_changes": self.accepted,
         }
         for part in ("model", "optimizer"):
             tensors = [leaf for leaf in tree_leaves(contents[part]) if isinstance(leaf, Tensor)]
             # One wait for a GPU; an optimizer that fp16 has not let step yet has no tensors.
             if tensors and not torch.stack([tensor.isfinite().all() for tensor in tensors]).all():
-                raise UserError(
+                raise NotFinite(
                     f"the {part} holds values that are not finite after step {state.step} of epoch "
-                    f"{state.epoch}, no checkpoint is written: start anew in another --output_dir "
-                    "with a lower --lr"
+                    f"{state.epoch}, no checkpoint is written"
                 )
         self._next_save = time.monotonic() + self.save_seconds
         if self.process.is_main:
@@ -323,3 +447,28 @@ class Checkpoints:
             place = f"step {state.step} of epoch {state.epoch}"
             say(f"{name}: stopped after {place}; {outcome}", sys.stdout)
         raise SystemExit(128 + received)
+
+
+def _shown(before: Any, after: Any) -> str:
+    """A change of a setting, "0.1 -> 0.2"; of a list of names, those that it lost and got."""
+    if isinstance(before, list) and isinstance(after, list):
+        lost = [name for name in before if name not in set(after)]
+        got = [name for name in after if name not in set(before)]
+        parts = [f"{k} {first_names(v)}" for k, v in (("lost", lost), ("new", got)) if v]
+        return "; ".join(parts) if lost or got else "in another order"
+    texts = []
+    for value in (before, after):
+        values = value if isinstance(value, (list, tuple)) else [value]
+        words = [f"{v:.12g}" if isinstance(v, float) else str(v) for v in values]
+        texts.append("not given" if value is None else " ".join(words))
+    return " -> ".join(texts)
+
+
+def _place(path: Path) -> tuple[int, int, bool, Path, str]:
+    """Where a checkpoint lies, as `sort_key`, its path, and the place in words with the loss."""
+    contents = load_checkpoint(path, mmap=True)
+    epoch, step = contents.get("epoch", -1), contents.get("step", 0)
+    words = f"after step {step} of epoch {epoch}"
+    if contents.get("loss") is not None:
+        words += f", whose loss was {contents['loss']:.4g}"
+    return epoch, step, path.name == LAST, path, words
