@@ -220,10 +220,10 @@ def half_an_epoch(pretrain_flags, pretrain, monkeypatch):
     """Flags of a run whose last checkpoint is after step 4 of epoch 0's nine."""
     add = logs.Meter.add
 
-    def fail_at_step_4(self, step, loss, lr):
+    def fail_at_step_4(self, step, *figures):
         if step == 4:
             raise RuntimeError("killed")
-        add(self, step, loss, lr)
+        add(self, step, *figures)
 
     flags = pretrain_flags | {"save_minutes": 0, "log_every": 1}
     with monkeypatch.context() as patch:

@@ -106,7 +106,7 @@ def test_a_run_without_learning_keeps_every_bit_and_a_resume_needs_the_same_weig
     line = refused(monkeypatch, capsys, flags | {"init": other})
     assert re.search(changed % "weights [0-9a-f]{8}", line)
     del flags["init"]
-    assert re.search(changed % "None", refused(monkeypatch, capsys, flags))
+    assert re.search(changed % "not given", refused(monkeypatch, capsys, flags))
 
 
 def test_the_decoders_size_is_that_of_the_weights_if_no_flag_gives_one(
