@@ -295,7 +295,7 @@ def build_encoder(contents, path, *, model, input_size, in_chans):
             f"{path} holds only the head of a linear probe, and no encoder: give the file that it "
             f"was trained on, --checkpoint {saved.get('finetune')}"
         )
-    config = settle(path, saved, model=model, input_size=input_size)
+    config = pretrained.settle(path, saved, model=model, input_size=input_size)
     if config["model"] in models_mae.MODELS:
         encoder = models_mae.build_encoder(saved | config, in_chans)
     elif config["model"] in models_vit.MODELS:
@@ -306,18 +306,6 @@ def build_encoder(contents, path, *, model, input_size, in_chans):
         raise UserError(f"unknown model {config['model']!r}: choose one of {known}")
     pretrained.load_encoder(encoder, weights, str(path), pretrained.saved_input_size(contents))
     return encoder, config
-
-
-def settle(path, saved, **given):
-    """By name, what the checkpoint at `path` says in its flags `saved`, or else the flags given."""
-    config = {}
-    for name, value in given.items():
-        config[name] = saved.get(name, value)
-        if config[name] is None:
-            raise UserError(f"{path} does not say its {name}: add --{name}")
-        if value not in (None, config[name]):
-            raise UserError(f"{path} says {name} {config[name]}: leave out --{name}")
-    return config
 
 
 if __name__ == "__main__":

@@ -148,16 +148,9 @@ SAID = ("command", "classes", "epoch", "step", "totals", "training", "versions")
 def describe(contents, given, part, path):
     """The flags that define a checkpoint's model: its own, or else those that are given."""
     saved, weights = contents.get("args") or {}, contents["model"]
-    needed = ("model", "input_size", *(["norm_pix_loss"] if part == "autoencoder" else []))
-    config = {}
-    for name, value in given.items():
-        if name in saved and value not in (None, saved[name]):
-            raise UserError(f"{path} says {name} {saved[name]}: leave out --{name}")
-        value = saved.get(name, value)
-        if value is not None:
-            config[name] = value
-        elif name in needed:
-            raise UserError(f"{path} does not say its {name}: add --{name}")
+    if part != "autoencoder":
+        del given["norm_pix_loss"]
+    config = pretrained.settle(path, saved, **given)
     config |= {name: saved[name] for name in models_mae.DECODER_SIZES if saved.get(name)}
     if part == "classifier":
         config["nb_classes"] = len(weights["head.weight"])

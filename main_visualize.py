@@ -21,7 +21,7 @@ import torch
 from PIL import Image
 
 import models_mae
-from main_embed import build_encoder, settle
+from main_embed import build_encoder
 from util import (
     attention,
     cli,
@@ -33,6 +33,7 @@ from util import (
     flags,
     image_files,
     pixels,
+    pretrained,
     visualize,
 )
 from util.checkpoint import load_checkpoint
@@ -249,7 +250,9 @@ def build_autoencoder(contents, path, *, model, input_size, norm_pix_loss, in_ch
         UserError: it doesn't fit, or says another thing than the flags.
     """
     saved = contents.get("args") or {}
-    config = settle(path, saved, model=model, input_size=input_size, norm_pix_loss=norm_pix_loss)
+    config = pretrained.settle(
+        path, saved, model=model, input_size=input_size, norm_pix_loss=norm_pix_loss
+    )
     sizes = {name: saved.get(name) for name in models_mae.DECODER_SIZES}
     autoencoder = models_mae.build_saved(sizes | config, in_chans)
     try:

@@ -210,6 +210,27 @@ def check_flags(contents: dict[str, Any], path: str | Path, given: dict[str, Any
             raise UserError(f"{message}: evaluate it as it was trained")
 
 
+def settle(path: str | Path, saved: dict[str, Any], **given: Any) -> dict[str, Any]:
+    """By name, what a checkpoint says of its model, or else the flags that are given.
+
+    Args:
+        path: the checkpoint, for messages.
+        saved: its "args".
+        given: flags by name; None for those that are not given.
+
+    Raises:
+        UserError: neither says it, or they differ.
+    """
+    config = {}
+    for name, value in given.items():
+        config[name] = saved.get(name, value)
+        if config[name] is None:
+            raise UserError(f"{path} does not say its {name}: add --{name}")
+        if value not in (None, config[name]):
+            raise UserError(f"{path} says {name} {config[name]}: leave out --{name}")
+    return config
+
+
 def fingerprint(state_dict: dict[str, Tensor]) -> int:
     """A checksum of weights' names and bits; the tensors are on the CPU."""
     checksum = 0
