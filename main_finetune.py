@@ -6,8 +6,9 @@
     python $RUN --eval --resume finetuned/checkpoint-best.pth --output_dir finetuned
 
 Classes are the folders in DIR/train and DIR/val. CKPT is a checkpoint of main_pretrain.py, a
-released one, bare weights (.pth or .safetensors) or the https:// address of such a .pth. Run the
-same command again to continue after any interruption.
+released one, bare weights (.pth, .bin or .safetensors), the https:// address of one of them, or a
+folder that transformers or timm saved. Run the same command again to continue after any
+interruption.
 """
 
 import util.threads  # noqa: F401  before torch, whose threads it sets
@@ -51,7 +52,8 @@ def get_args_parser():
         "--finetune",
         type=cli.path,
         metavar="CKPT",
-        help="the encoder to start from; if not given, from scratch",
+        help="the encoder to start from, a file, a folder or an https:// address; if not given, "
+        "from scratch",
     )
     flags.MayBeAccepted(model).add_argument(
         "--drop_path", type=cli.number(0, 1, below=True), default=0.1, help="rate of drop path"

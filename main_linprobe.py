@@ -36,7 +36,11 @@ def get_args_parser():
     parser = cli.ArgumentParser(description=__doc__)
     model = flags.add_classifier_flags(parser)
     flags.MayChange(model).add_argument(
-        "--finetune", type=cli.path, metavar="CKPT", required=True, help="the encoder to probe"
+        "--finetune",
+        type=cli.path,
+        metavar="CKPT",
+        required=True,
+        help="the encoder to probe, a file, a folder or an https:// address",
     )
     flags.add_data_flags(parser)
     flags.add_pixel_flags(parser)

@@ -73,7 +73,8 @@ def get_args_parser():
         "--init",
         type=cli.path,
         metavar="WEIGHTS",
-        help="weights to start from; if not given, random ones",
+        help="weights to start from, a file, a folder or an https:// address; if not given, random "
+        "ones",
     )
     flags.add_data_flags(parser)
     flags.add_pixel_flags(parser)

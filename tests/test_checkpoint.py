@@ -94,6 +94,20 @@ def test_code_in_a_checkpoint_is_not_run(tmp_path, monkeypatch, user_error):
     assert not os.path.exists("executed")
 
 
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
+def test_objects_of_other_projects_are_named(tmp_path, user_error):
+    """As frameworks save them beside the weights; torch's advice, to run code, is not passed on."""
+    path = tmp_path / "model.ckpt"
+    torch.save({"state_dict": {"weight": torch.zeros(1)}, "root": tmp_path}, path)
+    message = user_error(lambda: load_checkpoint(path))
+    assert message.endswith(
+        "it holds pathlib.PosixPath, and no code in it is run: save only the model's weights"
+    )
+    with open(path, "wb") as file:
+        pickle.dump({"root": tmp_path}, file, protocol=4)
+    assert user_error(lambda: load_checkpoint(path)).endswith("it without running code")
+
+
 def test_the_newest_whole_checkpoint_is_found(tmp_path, capsys, user_error):
     assert find_checkpoint("auto", tmp_path) is None
     names = ["checkpoint-9.pth", "checkpoint-19.pth", "checkpoint-last.pth"]

@@ -259,9 +259,9 @@ def _read(path: str, mmap: bool = False) -> Any:
         raise
     except Exception as error:  # the loaders raise anything on damaged files
         if _cannot_read_now(error):
-            reason = getattr(error, "strerror", None) or _first_line(error)
+            reason = getattr(error, "strerror", None) or _reason(error)
             raise UserError(f"checkpoint {path} can't be read: {reason}") from error
-        raise TornCheckpoint(f"{path} is torn or not a checkpoint: {_first_line(error)}") from error
+        raise TornCheckpoint(f"{path} is torn or not a checkpoint: {_reason(error)}") from error
 
 
 def _unpickle(path: str) -> Any:
@@ -300,17 +300,24 @@ def _download(address: str) -> Any:
             torch.hub.download_url_to_file(address, str(file))
         return _unpickle(str(file))
     except OSError as error:
-        reason = getattr(error, "reason", None) or _first_line(error)
+        reason = getattr(error, "reason", None) or _reason(error)
         raise UserError(f"{address} can't be downloaded: {reason}") from error
     except Exception as error:  # as above
         raise TornCheckpoint(
-            f"{address} is torn or not a checkpoint: {_first_line(error)} "
+            f"{address} is torn or not a checkpoint: {_reason(error)} "
             f"(to download it again, remove it from {file.parent})"
         ) from error
 
 
-def _first_line(error: BaseException) -> str:
-    return str(error).splitlines()[0] if str(error) else type(error).__name__
+def _reason(error: BaseException) -> str:
+    """A line on an error of a loader. torch's own advises to run the code in the file."""
+    text = str(error)
+    unknown = re.search(r"Unsupported global: GLOBAL (\S+)", text)
+    if unknown:
+        return f"it holds {unknown[1]}, and no code in it is run: save only the model's weights"
+    if text.startswith("Weights only load failed"):
+        return "torch can't read it without running code"
+    return text.splitlines()[0] if text else type(error).__name__
 
 
 def find_checkpoint(

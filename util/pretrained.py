@@ -42,8 +42,8 @@ def start_from(model: nn.Module, path: str | Path, contents: dict[str, Any] | No
     """
     contents = load_checkpoint(path) if contents is None else contents
     weights = contents["model"]
-    check_heads(model, contents, path)
     load_encoder(model, weights, str(path), input_size=saved_input_size(contents))
+    check_heads(model, contents, path)
     encoder = [k for k in model.state_dict() if k in weights and not k.startswith("head.")]
     return fingerprint({key: weights[key] for key in encoder})
 
@@ -86,12 +86,12 @@ def start_autoencoder_from(
     """
     source, warnings, notes = str(path), [], []
     saved = contents.get("args") or {}
-    check_heads(model, contents, source)
     _check_kind(contents["model"], source)
     own = model.state_dict()
     _check_axes(own, contents["model"], source)
     weights = _with_channels(contents["model"], model.in_chans, source)
     _check_same_size(own, weights, source)
+    check_heads(model, contents, source)
     may_miss: tuple[str, ...] = ()
     if any(key.startswith("head.") for key in weights):
         notes.append("its head is left out")
