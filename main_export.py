@@ -121,7 +121,7 @@ def main(args):
         what(part, model),
         loading=folder.example,
         library=folder.library,
-        task="image-classification" if part == "classifier" else "image-feature-extraction",
+        task=TASKS[part],
         remarks=folder.remarks,
         inputs=model_card.input_lines(model.patch_embed.img_size, pixel_format),
         recipe=model_card.recipe_lines(contents),
@@ -142,6 +142,12 @@ def main(args):
     print(f"to load it: {folder.load}")
 
 
+# Not of an autoencoder: a pipeline for features would mask its images.
+TASKS = {
+    "classifier": "image-classification",
+    "encoder": "image-feature-extraction",
+    "autoencoder": None,
+}
 SAID = ("command", "classes", "epoch", "step", "totals", "training", "versions")  # in .safetensors
 
 

@@ -79,6 +79,8 @@ def load_timm(folder, **options):
     try:
         return timm.create_model(f"local-dir:{folder}", pretrained=True, **options).eval()
     except AssertionError:
+        if options:
+            pytest.skip("this timm, before 1.0.16, loads no folder")
         config = json.loads((folder / "config.json").read_text())
         return timm.create_model(
             config["architecture"],
@@ -86,7 +88,6 @@ def load_timm(folder, **options):
             num_classes=config["num_classes"],
             pretrained_cfg=config["pretrained_cfg"],
             **config["model_args"],
-            **options,
         ).eval()
 
 
@@ -374,6 +375,7 @@ def test_the_card_says_what_the_checkpoint_says(tmp_path, pretrain, pretrain_fla
     _, head, body = card.split("---\n", 2)
     assert "library_name: transformers\n" in head
     assert "license:" not in head
+    assert "pipeline_tag" not in head  # one for features would mask the images
     record = json.loads((output / "log.txt").read_text().splitlines()[-1])
     assert f"| train_loss | {record['train_loss']:.6g} |" in body
     assert f"| val_loss | {record['val_loss']:.6g} |" in body

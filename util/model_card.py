@@ -29,7 +29,7 @@ def model_card(
     *,
     loading: str,
     library: str | None,
-    task: str,
+    task: str | None,
     remarks: list[str],
     inputs: list[str],
     recipe: list[str],
@@ -42,7 +42,7 @@ def model_card(
         what: a sentence on what it is.
         loading: Python lines that load it.
         library: the Hub's name of the library that loads it, or None.
-        task: the Hub's name of what it does.
+        task: the Hub's name of what it does, or None: its pipelines load a model by this name.
         remarks: sentences on what this format does differently.
         inputs: see `input_lines`.
         recipe: see `recipe_lines`.
@@ -51,7 +51,9 @@ def model_card(
     head = ["---"]
     if library is not None:
         head.append(f"library_name: {library}")
-    head += [f"pipeline_tag: {task}", "tags:", f"- {task}", "- masked-autoencoder", "- vit", "---"]
+    if task is not None:
+        head.append(f"pipeline_tag: {task}")
+    head += ["tags:", "- masked-autoencoder", "- vit", "---"]
     parts = [
         "\n".join(head),
         f"# {title}\n\n{what}",
@@ -63,7 +65,7 @@ def model_card(
         parts.insert(3, "## Mind\n\n" + _listed(remarks))
     if figures:
         table = "\n".join(f"| {name} | {value:.6g} |" for name, value in figures.items())
-        parts.append(f"## Figures\n\n| of its last epoch | |\n|---|---|\n{table}")
+        parts.append(f"## Figures\n\n| of its epoch | |\n|---|---|\n{table}")
     parts.append(
         "## Licence\n\nNone is chosen yet. Choose one before you share this model, and write it "
         "here and as `license:` at the top. It may depend on those of the data and of the weights "
@@ -140,10 +142,8 @@ def recipe_lines(contents: Mapping[str, Any]) -> list[str]:
         lines.append(f"Length: {done}{epochs} epochs.")
     if "processes" in training:
         batch = saved["batch_size"] * saved["accum_iter"] * training["processes"]
-        lines.append(
-            f"Effective batch {batch}, on {training['processes']} processes, in "
-            f"{training.get('dtype', 'an unknown type')}."
-        )
+        dtype, processes = training.get("dtype", "an unknown type"), training["processes"]
+        lines.append(f"Effective batch {batch}; number of processes {processes}; in {dtype}.")
     flags = {
         name: value
         for name, value in saved.items()
