@@ -313,6 +313,8 @@ def settle(path, saved, **given):
     config = {}
     for name, value in given.items():
         config[name] = saved.get(name, value)
+        if isinstance(config[name], list):  # as .safetensors have it, in JSON
+            config[name] = tuple(config[name])
         if config[name] is None:
             raise UserError(f"{path} does not say its {name}: add --{name}")
         if value not in (None, config[name]):
