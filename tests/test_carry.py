@@ -35,7 +35,6 @@ def test_every_snippet(tmp_path, monkeypatch):
 
     text = (ROOT / "docs" / "carry.md").read_text()
     blocks = re.findall(r"```(bash|python)\n(.*?)```", text, re.DOTALL)
-    assert len(blocks) == text.count("```") // 2
     names = {}
     of_timm = of_transformers = None
     for kind, code in blocks:

@@ -164,11 +164,15 @@ def test_bands_and_rectangles_are_read_from_the_checkpoint(tmp_path):
     saved = MAE | {"input_size": (8, 12), "in_chans": 2, "value_range": (0.0, 4.0)}
     saved |= {"mean": (0.1, 0.2), "std": (0.5, 2.0), "layout": "chw"}
     model = models_mae.build_saved(saved, 2)
-    torch.save({"model": model.state_dict(), "args": saved}, tmp_path / "full.pth")
+    checkpoint = tmp_path / "full.safetensors"
+    save_safetensors(checkpoint, model.state_dict(), {"args": saved})
     image = 4 * np.random.default_rng(0).random((2, 9, 13), dtype=np.float32)  # only cropped
     np.save(tmp_path / "image.npy", image)
     found = embed(
-        checkpoint=tmp_path / "full.pth", images=tmp_path / "image.npy", output=tmp_path / "x.npz"
+        checkpoint=checkpoint,
+        images=tmp_path / "image.npy",
+        output=tmp_path / "x.npz",
+        input_size=[8, 12],
     )
     assert found["filenames"].tolist() == [str(tmp_path / "image.npy")]
     crop = torch.from_numpy(image / 4)[None, :, 0:8, 0:12]

@@ -252,21 +252,16 @@ class ImageLoader:
 
     def blocks(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """The blocks of `BlockedBatches` as (imgs, indices, readable), see `eval_batches`."""
-        parts: list[list[Tensor]] = [[], [], []]
-        held = 0
+        size = self.batches.block
+        held: tuple[Tensor, ...] = ()
         for imgs, _, indices, readable in self.eval_batches():
-            for kept, new in zip(parts, (imgs, indices, readable), strict=True):
-                kept.append(new)
-            held += len(imgs)
-            while held >= self.batches.block:
-                block = [torch.cat(kept) for kept in parts]
-                imgs, indices, readable = (kept[: self.batches.block] for kept in block)
-                yield imgs, indices, readable
-                parts = [[kept[self.batches.block :]] for kept in block]
-                held -= self.batches.block
-        if held:
-            imgs, indices, readable = (torch.cat(kept) for kept in parts)
-            yield imgs, indices, readable
+            batch = imgs, indices, readable
+            held = tuple(map(torch.cat, zip(held, batch, strict=True))) if held else batch
+            while len(held[0]) >= size:
+                yield held[0][:size], held[1][:size], held[2][:size]
+                held = tuple(part[size:] for part in held)
+        if held and len(held[0]):
+            yield held[0], held[1], held[2]
 
     def _batches(self) -> Iterator[tuple[Tensor, Tensor, Tensor, list[str]]]:
         if self._loader.num_workers and not self._has_checked_memory:

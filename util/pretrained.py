@@ -224,6 +224,8 @@ def settle(path: str | Path, saved: dict[str, Any], **given: Any) -> dict[str, A
     config = {}
     for name, value in given.items():
         config[name] = saved.get(name, value)
+        if isinstance(config[name], list):  # as .safetensors have it, in JSON
+            config[name] = tuple(config[name])
         if config[name] is None:
             raise UserError(f"{path} does not say its {name}: add --{name}")
         if value not in (None, config[name]):

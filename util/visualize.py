@@ -130,7 +130,7 @@ def draw_attention(
     originals = _tiles(_shown(imgs, pixels).cpu(), size, bands)
     maps = attention[..., 1:].cpu()
     maps = torch.cat([maps.mean(dim=2, keepdim=True), maps], dim=2)  # [N, 2, 1 + heads, L]
-    maps = (maps / maps.amax(dim=-1, keepdim=True)).unflatten(-1, grid_size)
+    maps = (maps / maps.amax(dim=-1, keepdim=True).clamp_min(1e-30)).unflatten(-1, grid_size)
     rows: list[list[Image.Image | None]] = []
     for original, of_image in zip(originals, maps, strict=True):
         grey = np.asarray(original.convert("L"), np.float32)[..., None] / 255
