@@ -76,6 +76,10 @@ class ImagePaths:
         name = self._names[start : self._ends[index].item()].numpy().tobytes()
         return os.fsdecode(os.path.join(self.root, name))
 
+    def name(self, index: int) -> str:
+        """The image's path relative to `root`; as it stands in the list, if there is one."""
+        return self[index].removeprefix(os.path.join(os.fsdecode(self.root), ""))
+
     def source(self, index: int) -> ImageSource:
         """The image, to be decoded."""
         path = self[index]
@@ -186,6 +190,7 @@ def find_images_to_evaluate(
     source: object,
     split: str = "val",
     pixels: PixelFormat = RGB,
+    may_lack_labels: bool = False,
 ) -> Images:
     """A split's images for the classifier in the file `source`, under its labels.
 
@@ -195,12 +200,22 @@ def find_images_to_evaluate(
             images of some of them only. None where they are unknown.
         source: what messages call the classifier.
         split: which images.
+        may_lack_labels: whether images without labels will do. These are all images of a list, of
+            a folder without the split, or of a split without a class; their `classes` are empty.
 
     Raises:
         UserError: as `find_labelled_images`; a class is not among `classes`; these are unknown and
             the split's are not `nb_classes`.
     """
-    images = _find_labelled(data_path, split, pixels)
+    found = None
+    if may_lack_labels:
+        found = None if os.path.isfile(data_path) else _find(data_path, split)
+        if found is None or found.classes == [""]:
+            images = found or ImagePaths(data_path)
+            images.has_8_bits = survey(images, pixels)
+            images.classes = []
+            return images
+    images = _find_labelled(data_path, split, pixels, found)
     if classes is not None:
         relabel(images, classes, source)
     elif len(images.classes) != nb_classes:
@@ -213,13 +228,16 @@ def find_images_to_evaluate(
     return images
 
 
-def _find_labelled(data_path: str | Path, split: str, pixels: PixelFormat) -> Images:
+def _find_labelled(
+    data_path: str | Path, split: str, pixels: PixelFormat, found: Images | None = None
+) -> Images:
+    """A split's images, which may have been found before, with a class each."""
     if os.path.isfile(data_path):
         raise UserError(
             f"{data_path} is a file: a classifier takes a folder that holds train and val, folders "
             "of a folder for each class, or the lists train.txt and val.txt"
         )
-    images = _find(data_path, split)
+    images = found or _find(data_path, split)
     if images is None:
         raise UserError(f"{_absence(Path(data_path) / split)}: classes are folders of images in it")
     if "" in images.classes:

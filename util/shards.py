@@ -88,9 +88,12 @@ class ShardImages:
         return len(self._ends)
 
     def __getitem__(self, index: int) -> str:
+        return f"{self._shards[self._places[index, 0]][0]}: {self.name(index)}"
+
+    def name(self, index: int) -> str:
+        """The image's name in its shard, or that of the file from which it was packed."""
         start = self._ends[index - 1].item() if index else 0
-        name = self._names[start : self._ends[index].item()].numpy().tobytes()
-        return f"{self._shards[self._places[index, 0]][0]}: {os.fsdecode(name)}"
+        return os.fsdecode(self._names[start : self._ends[index].item()].numpy().tobytes())
 
     def source(self, index: int) -> ImageSource:
         """The image, to be decoded.
