@@ -391,7 +391,7 @@ def evaluate_classifier(args, process, amp_dtype, model, val_paths, pixel_format
         predict(model, val_loader, predicted, amp_dtype=amp_dtype)
     if predicted:
         file = Path(args.predictions)
-        unreadable = predicted.write(file, val_paths, classes or [], args.nb_classes)
+        unreadable = predicted.write(file, process, val_paths, classes or [], args.nb_classes)
         logs.report_predictions(file, process, val_paths, unreadable)
     if not figures:
         return

@@ -2,6 +2,7 @@
 
 import csv
 import io
+import itertools
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -9,8 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from util import distributed
 from util.checkpoint import write_whole
+from util.distributed import Process, gather
 from util.errors import UserError
 from util.image_files import Images
 
@@ -46,12 +47,20 @@ class Predictions:
         probabilities = logits.softmax(dim=1).gather(1, classes)
         self._parts.append((indices.numpy(), classes.cpu().numpy(), probabilities.cpu().numpy()))
 
-    def write(self, path: Path, images: Images, classes: Sequence[str], nb_classes: int) -> int:
+    def write(
+        self,
+        path: Path,
+        process: Process,
+        images: Images,
+        classes: Sequence[str],
+        nb_classes: int,
+    ) -> int:
         """Write a line for every image, in their order, whole or not at all; by rank 0.
 
         Args:
             path: the file.
-            images: those of all processes; their labels are unknown if their `classes` are empty.
+            process: this process; all of them take part.
+            images: those of all processes; without labels if their `classes` are empty.
             classes: names of the first labels; the rest are named by their numbers.
             nb_classes: how many labels there are.
 
@@ -62,38 +71,40 @@ class Predictions:
             UserError: the file can't be written, or a probability is not finite; in every process.
         """
         rows: dict[int, tuple[np.ndarray, np.ndarray]] = {}
-        for parts in distributed.gather(self._parts):
-            for indices, likeliest, probabilities in parts:
-                rows |= zip(
-                    indices.tolist(), zip(likeliest, probabilities, strict=True), strict=True
-                )
+        for parts in gather(self._parts):
+            for indices, *likeliest in parts:  # classes and their probabilities
+                rows |= zip(indices.tolist(), zip(*likeliest, strict=True), strict=True)
         if any(not np.isfinite(probabilities).all() for _, probabilities in rows.values()):
             raise UserError("the classes' probabilities are not finite: the weights are of no use")
-        names = [*classes, *map(str, range(len(classes), nb_classes))]
-        numbers = range(1, min(LISTED, nb_classes) + 1)
         problem = ""
-        if not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0:
-            text = io.StringIO(newline="")
-            table = csv.writer(text, lineterminator="\n")
-            columns = [
-                f"{what}_{number}" for number in numbers for what in ("class", "probability")
-            ]
-            table.writerow(["file", "label", "predicted", *columns])
-            for index in range(len(images)):
-                label = names[images.labels[index]] if images.classes else ""
-                row = [images.name(index), label]
-                if index in rows:
-                    likeliest, probabilities = rows[index]
-                    row.append(names[likeliest[0]])
-                    for number, probability in zip(likeliest, probabilities, strict=True):
-                        row += [names[number], f"{probability:.6g}"]
-                else:
-                    row += [""] * (1 + len(columns))
-                table.writerow(row)
-            try:  # a file's name can hold any bytes
-                write_whole(path, text.getvalue().encode("utf-8", "surrogateescape"))
+        if process.is_main:
+            names = [*classes, *map(str, range(len(classes), nb_classes))]
+            try:
+                write_whole(path, _table(rows, images, names))
             except OSError as error:
                 problem = str(error)
-        if problem := distributed.gather(problem)[0]:
+        if problem := gather(problem)[0]:
             raise UserError(problem)
         return len(images) - len(rows)
+
+
+def _table(
+    rows: dict[int, tuple[np.ndarray, np.ndarray]], images: Images, names: Sequence[str]
+) -> bytes:
+    """A CSV file of all images; those without a row have empty fields."""
+    text = io.StringIO(newline="")
+    table = csv.writer(text, lineterminator="\n")
+    numbers = range(1, min(LISTED, len(names)) + 1)
+    columns = [f"{what}_{number}" for number in numbers for what in ("class", "probability")]
+    table.writerow(["file", "label", "predicted", *columns])
+    for index in range(len(images)):
+        fields = [""] * (1 + len(columns))
+        if index in rows:
+            pairs = [
+                (names[c], f"{probability:.6g}")
+                for c, probability in zip(*rows[index], strict=True)
+            ]
+            fields = [pairs[0][0], *itertools.chain(*pairs)]
+        label = names[images.labels[index]] if images.classes else ""
+        table.writerow([images.name(index), label, *fields])
+    return text.getvalue().encode("utf-8", "surrogateescape")  # a file's name can hold any bytes
