@@ -15,6 +15,7 @@ from util.logs import Meter
 from util.lr_sched import set_lr, warmup_cosine_lr
 from util.optim import clip_and_step
 from util.precision import autocast
+from util.predictions import Predictions, likeliest_classes
 from util.seeding import seed_generators
 from util.training import Checkpoints, TrainingState
 
@@ -89,7 +90,11 @@ def train_one_epoch(
 @torch.compiler.set_stance("force_eager")  # compiling for evaluation's shapes would not pay
 @torch.no_grad()
 def evaluate(
-    model: nn.Module, loader: ImageLoader, *, amp_dtype: torch.dtype | None
+    model: nn.Module,
+    loader: ImageLoader,
+    *,
+    amp_dtype: torch.dtype | None,
+    predictions: Predictions | None = None,
 ) -> dict[str, float]:
     """A classifier's accuracy and loss; every image counts once, over any number of processes.
 
@@ -97,6 +102,7 @@ def evaluate(
         model: a classifier without a data-parallel wrapper.
         loader: gives every image once.
         amp_dtype: type to compute in under autocast, or None for float32.
+        predictions: notes every image's likeliest classes; the batches are at most its size.
 
     Returns:
         test_acc1 and test_acc5, the percentage of images whose label is the likeliest class or one
@@ -111,11 +117,14 @@ def evaluate(
     sums = torch.zeros(3, dtype=torch.float64, device=loader.device)
     for imgs, labels, indices, readable in loader.eval_batches():
         unreadable += [loader.dataset.paths[index] for index in indices[~readable].tolist()]
+        if predictions is not None:
+            imgs = predictions.fill(imgs)
         with autocast(imgs.device, amp_dtype):
-            logits = model(imgs)
-        losses = F.cross_entropy(logits.float(), labels, reduction="none")
-        likeliest = logits.topk(min(5, logits.shape[1])).indices  # [N, 5], the likeliest first
-        hits = likeliest == labels[:, None]
+            logits = model(imgs)[: len(labels)].float()
+        if predictions is not None:
+            predictions.add(indices, logits)
+        losses = F.cross_entropy(logits, labels, reduction="none")
+        hits = likeliest_classes(logits) == labels[:, None]  # [N, 5], the likeliest first
         sums += torch.stack([hits[:, 0].sum(), hits.sum(), losses.double().sum()])
 
     gathered, paths = zip(*distributed.gather((sums.tolist(), unreadable)), strict=True)
@@ -129,3 +138,26 @@ def evaluate(
     if not math.isfinite(loss):
         raise UserError(f"the loss on the held-out images is {loss}: the weights are of no use")
     return {"test_acc1": 100 * top1, "test_acc5": 100 * top5, "test_loss": loss}
+
+
+@torch.compiler.set_stance("force_eager")
+@torch.no_grad()
+def predict(
+    model: nn.Module,
+    loader: ImageLoader,
+    predictions: Predictions,
+    *,
+    amp_dtype: torch.dtype | None,
+) -> None:
+    """Note the likeliest classes of images without labels, but for unreadable ones.
+
+    Args:
+        model, loader, amp_dtype: as in `evaluate`.
+        predictions: notes them; the batches are at most its size.
+    """
+    model.eval()
+    distributed.share_buffers(model)
+    for imgs, _, indices, readable in loader.eval_batches():
+        with autocast(imgs.device, amp_dtype):
+            logits = model(predictions.fill(imgs))[: len(imgs)].float()
+        predictions.add(indices[readable], logits[readable.to(logits.device)])

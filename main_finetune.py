@@ -14,13 +14,15 @@ interruption.
 import util.threads  # noqa: F401  before torch, whose threads it sets
 
 # isort: split
+from pathlib import Path
+
 import torch
 from timm.data import Mixup
 from timm.data.random_erasing import RandomErasing
 from torch import nn
 
 import models_vit
-from engine_finetune import evaluate, train_one_epoch
+from engine_finetune import evaluate, predict, train_one_epoch
 from util import (
     checkpoint,
     cli,
@@ -35,6 +37,7 @@ from util import (
     optim,
     pixels,
     precision,
+    predictions,
     pretrained,
     speed,
     stopping,
@@ -90,11 +93,17 @@ def main(args):
 
 def train_or_evaluate(args, train, evaluate):
     """Call one of them with (args, process, amp_dtype)."""
+    if args.predictions:
+        if not args.eval:
+            raise UserError("--predictions is for --eval: add it, or leave out --predictions")
+        args.batch_size = predictions.BATCH
     with distributed.process_group(args.device, args.timeout_minutes) as process:
         if process.device.type == "cpu":
             speed.keep_freed_memory()
         amp_dtype = precision.resolve_amp(args.amp, process.device)
         cli.make_output_dirs(args.output_dir, args.log_dir, process)
+        if args.predictions and process.is_main:
+            cli.check_output_file(args.predictions, "--predictions")
         if args.eval:
             with memory.explain_running_out(args.batch_size):
                 evaluate(args, process, amp_dtype)
@@ -342,7 +351,8 @@ def evaluate_checkpoint(args, process, amp_dtype):
     pretrained.load_classifier(
         model, contents["model"], path, pretrained.saved_input_size(contents)
     )
-    evaluate_classifier(args, process, amp_dtype, model, val_paths, pixel_format, path)
+    classes = contents.get("classes")
+    evaluate_classifier(args, process, amp_dtype, model, val_paths, pixel_format, path, classes)
 
 
 def find_val_images(args, contents, path, pixel_format):
@@ -358,16 +368,36 @@ def find_val_images(args, contents, path, pixel_format):
         },
     )
     return image_files.find_images_to_evaluate(
-        args.data_path, args.nb_classes, contents.get("classes"), path, pixels=pixel_format
+        args.data_path,
+        args.nb_classes,
+        contents.get("classes"),
+        path,
+        pixels=pixel_format,
+        may_lack_labels=bool(args.predictions),
     )
 
 
-def evaluate_classifier(args, process, amp_dtype, model, val_paths, pixel_format, path):
-    """Evaluate a classifier, the checkpoint at `path`; print and write its accuracy."""
+def evaluate_classifier(args, process, amp_dtype, model, val_paths, pixel_format, path, classes):
+    """Evaluate a classifier, the checkpoint at `path`; print and write its accuracy.
+
+    With --predictions, write what it says of each image, whose classes are named by `classes`.
+    """
     options = batching(args, pixel_format)
     val_loader = loading.eval_loader(val_paths, args.input_size, process, **options)
     speed.prepare(model, process.device, amp_dtype)
-    figures = evaluate(model.to(process.device), val_loader, amp_dtype=amp_dtype)
+    model.to(process.device)
+    figures = {}
+    predicted = predictions.Predictions() if args.predictions else None
+    if val_paths.classes:
+        figures = evaluate(model, val_loader, amp_dtype=amp_dtype, predictions=predicted)
+    else:
+        predict(model, val_loader, predicted, amp_dtype=amp_dtype)
+    if predicted:
+        file = Path(args.predictions)
+        unreadable = predicted.write(file, process, val_paths, classes or [], args.nb_classes)
+        logs.report_predictions(file, process, val_paths, unreadable)
+    if not figures:
+        return
     logs.report_evaluation(
         args.output_dir, process, figures, checkpoint=path, images=len(val_paths)
     )

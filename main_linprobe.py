@@ -116,7 +116,10 @@ def evaluate_checkpoint(args, process, amp_dtype):
     if encoder != contents["training"]["encoder"]:
         raise UserError(f"{args.resume} is a probe of a different encoder than {args.finetune}")
     head.load_state_dict(contents["model"])
-    evaluate_classifier(args, process, amp_dtype, model, val_paths, pixel_format, args.resume)
+    classes = contents.get("classes")
+    evaluate_classifier(
+        args, process, amp_dtype, model, val_paths, pixel_format, args.resume, classes
+    )
 
 
 def build_model(args, start):

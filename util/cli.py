@@ -70,6 +70,13 @@ def make_writable(folder: str | Path, flag: str) -> None:
         raise UserError(f"{flag} {folder} can't be written: {error.strerror}") from error
 
 
+def check_output_file(file: str | Path, flag: str) -> None:
+    """Make the folder of a file to write, and refuse, with a UserError, one that can't be."""
+    if os.path.isdir(file):
+        raise UserError(f"{flag} {file} is a folder: give a file")
+    make_writable(Path(file).parent, f"folder of {flag}")
+
+
 def integer(minimum: int) -> Callable[[str], int]:
     """An argument type: an integer of at least `minimum`."""
 

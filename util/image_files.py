@@ -240,6 +240,7 @@ def find_images_to_evaluate(
     source: object,
     split: str = "val",
     pixels: PixelFormat = RGB,
+    may_lack_labels: bool = False,
 ) -> Images:
     """A split's images for the classifier in the file `source`, under its labels.
 
@@ -249,12 +250,22 @@ def find_images_to_evaluate(
             images of some of them only. None where they are unknown.
         source: what messages call the classifier.
         split: which images.
+        may_lack_labels: whether images without labels will do. These are all images of a list, of
+            a folder without the split, or of a split without a class; their `classes` are empty.
 
     Raises:
         UserError: as `find_labelled_images`; a class is not among `classes`; these are unknown and
             the split's are not `nb_classes`.
     """
-    images = _find_labelled(data_path, split, pixels)
+    found = None
+    if may_lack_labels:
+        found = None if os.path.isfile(data_path) else _find(data_path, split)
+        if found is None or found.classes == [""]:
+            images = found or ImagePaths(data_path)
+            images.has_8_bits = survey(images, pixels)
+            images.classes = []
+            return images
+    images = _find_labelled(data_path, split, pixels, found)
     if classes is not None:
         relabel(images, classes, source)
     elif len(images.classes) != nb_classes:
@@ -267,13 +278,16 @@ def find_images_to_evaluate(
     return images
 
 
-def _find_labelled(data_path: str | Path, split: str, pixels: PixelFormat) -> Images:
+def _find_labelled(
+    data_path: str | Path, split: str, pixels: PixelFormat, found: Images | None = None
+) -> Images:
+    """A split's images, which may have been found before, with a class each."""
     if os.path.isfile(data_path):
         raise UserError(
             f"{data_path} is a file: a classifier takes a folder that holds train and val, folders "
             "of a folder for each class, or the lists train.txt and val.txt"
         )
-    images = _find(data_path, split)
+    images = found or _find(data_path, split)
     if images is None:
         raise UserError(f"{_absence(Path(data_path) / split)}: classes are folders of images in it")
     if "" in images.classes:

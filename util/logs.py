@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from util import distributed
 from util.errors import NotFinite, UserError, say, warn
+from util.image_files import Images
 from util.loading import MAX_UNREADABLE_SHARE, MIN_UNREADABLE, Batch, ImageLoader
 from util.training import TrainingState
 
@@ -317,6 +318,18 @@ def report_evaluation(
             (Path(output_dir) / "eval.json").write_text(json.dumps(about | rounded) + "\n")
         except OSError as error:
             raise UserError(f"{output_dir}/eval.json can't be written: {error.strerror}") from error
+
+
+def report_predictions(
+    path: Path, process: distributed.Process, images: Images, unreadable: int
+) -> None:
+    """Say where predictions are, and what is unknown of them."""
+    if process.is_main:
+        say(f"the predictions for {len(images) - unreadable} images are in {path}", sys.stdout)
+        if unreadable:
+            say(f"{unreadable} unreadable images stand there without a prediction", sys.stdout)
+        if not images.classes:
+            say(f"{images.origin} has no labels: there is no accuracy", sys.stdout)
 
 
 def peak_memory_gib() -> float:
