@@ -13,6 +13,7 @@ from timm.models import save_for_hf
 
 import models_vit
 from models_mae import MaskedAutoencoderViT
+from util import pixels
 from util.checkpoint import load_checkpoint, save_safetensors
 from util.conversion import from_transformers, is_transformers, to_transformers
 from util.pretrained import check_heads, load_classifier, start_autoencoder_from, start_from
@@ -341,6 +342,27 @@ def test_the_size_of_the_architecture_is_not_taken_for_the_models(tmp_path, caps
     assert "input_size" not in load_checkpoint(tmp_path)["args"]
 
 
+def test_a_model_of_timm_that_transformers_saved(tmp_path, capsys):
+    transformers = pytest.importorskip("transformers")
+    theirs = of_timm(tmp_path / "timm", "token")
+    content = json.loads((tmp_path / "timm" / "config.json").read_text())
+    del content["model_args"]["num_classes"]
+    wrapper = transformers.TimmWrapperForImageClassification(
+        transformers.TimmWrapperConfig.from_dict(
+            {**content, "num_classes": 2, "label_names": ["cat", "dog"]}
+        )
+    )
+    wrapper.timm_model.load_state_dict(theirs.state_dict())
+    wrapper.save_pretrained(tmp_path / "wrapper")
+    contents = load_checkpoint(tmp_path / "wrapper")
+    assert 'begin with "timm_model."' in capsys.readouterr().err
+    assert contents["args"]["global_pool"] is False
+    model = classifier(global_pool=False)
+    load_classifier(model, contents["model"], input_size=16)
+    imgs = torch.randn(2, 3, 16, 16)
+    assert torch.equal(model(imgs), theirs(imgs))
+
+
 # ---- wrappers, other kinds of models
 
 
@@ -367,6 +389,12 @@ def test_names_of_wrappers_are_left_out(prefix, is_said, entry, tmp_path, capsys
     assert "args" not in contents
     said = f'all keys of {tmp_path}/file.pth begin with "{prefix}", which is left out'
     assert (said in capsys.readouterr().err) == is_said
+
+
+def test_flags_that_another_project_left_unset_say_nothing():
+    flags = {"in_chans": 1, "mean": [0.2], "std": [0.3], "max_pixels": 100}
+    foreign = {"args": {"in_chans": None, "mean": None, "std": None}}
+    assert pixels.resolve(flags, foreign, "file.pth") == pixels.resolve(flags)
 
 
 def test_blocks_that_were_compiled_one_by_one(tmp_path):

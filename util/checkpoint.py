@@ -25,7 +25,7 @@ LAST = "checkpoint-last.pth"
 BEST = "checkpoint-best.pth"
 SAFETENSORS_ENTRY = "mae"  # of a .safetensors file's metadata
 # What data parallelism, torch.compile and training frameworks put in front of all keys.
-WRAPPERS = ("module.", "_orig_mod.", "model.", "encoder.", "backbone.")
+WRAPPERS = ("module.", "_orig_mod.", "model.", "encoder.", "backbone.", "timm_model.")
 
 
 class TornCheckpoint(UserError):

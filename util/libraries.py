@@ -51,16 +51,17 @@ def describe(folder: Path, weights: dict[str, Tensor]) -> dict[str, Any]:
         UserError: it is a model that the ones here can't represent.
     """
     config = _read_json(folder / "config.json")
-    if "model_type" in config:
-        args, labels = _of_transformers(folder, config, weights)
-    elif "architecture" in config:
+    if "architecture" in config:
         args, labels = _of_timm(folder, config, weights)
+    elif "model_type" in config:
+        args, labels = _of_transformers(folder, config, weights)
     else:
         return {}
     about: dict[str, Any] = {"args": {k: v for k, v in args.items() if v is not None}}
     if "head.weight" in weights:
         about["args"]["nb_classes"] = len(weights["head.weight"])
-        if len(labels) == len(weights["head.weight"]):
+        is_named = not any(name.startswith("LABEL_") for name in labels)  # as transformers fills in
+        if is_named and len(labels) == len(weights["head.weight"]):
             about["classes"] = labels
     return about
 
@@ -111,8 +112,7 @@ def _of_transformers(
         rescale = 255 * processor.get("rescale_factor", 1 / 255)
         scale = rescale if processor.get("do_rescale", True) else 255.0
         args |= _pixels(folder, mean, std, weights, scale)
-    labels = [name for _, name in sorted(_by_number(config.get("id2label")).items())]
-    return args, [] if any(name.startswith("LABEL_") for name in labels) else labels
+    return args, [name for _, name in sorted(_by_number(config.get("id2label")).items())]
 
 
 def _of_timm(
@@ -126,7 +126,9 @@ def _of_timm(
         "input_size": _matching_size([size and size[1:], model.get("img_size")], weights),
     }
     if "head.weight" in weights:
-        args["global_pool"] = config.get("global_pool", model.get("global_pool")) == "avg"
+        pool = config.get("global_pool", model.get("global_pool"))
+        by_weights = "fc_norm.weight" in weights
+        args["global_pool"] = {"avg": True, "token": False, None: by_weights}.get(pool, pool)
     if pretrained.get("mean") is not None and pretrained.get("std") is not None:
         args |= _pixels(folder, pretrained["mean"], pretrained["std"], weights)
     labels = config.get("label_names") or pretrained.get("label_names") or []

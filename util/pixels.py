@@ -81,7 +81,7 @@ def resolve(
     if contents and "command" in contents:  # this project's; older ones knew only this format
         saved = RGB.stored() | saved
     given = {name: _hashable(flags[name]) for name in STORED if flags.get(name) is not None}
-    if "in_chans" in saved:
+    if saved.get("in_chans") is not None:  # another project's may be None
         kept = replace(RGB, **{name: _hashable(saved[name]) for name in STORED if name in saved})
         kept = replace(kept, nodata=None if kept.nodata is None else float(kept.nodata))
         in_chans = given.get("in_chans") or len(given.get("bands", ())) or kept.in_chans
