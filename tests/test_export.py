@@ -273,6 +273,15 @@ def test_safetensors_hold_the_same_bits(tmp_path, part):
     assert contents["args"]["data_path"] == "photos"
 
 
+@pytest.mark.parametrize("library", exporting.FORMATS)
+def test_every_format_says_the_flags_to_this_project(tmp_path, library):
+    path, _ = save_pretraining(tmp_path, in_chans=5)
+    export({"checkpoint": path, "format": library, "output": tmp_path / "out"})
+    said = load_checkpoint(tmp_path / "out" / "model.safetensors")["args"]
+    expected = load_checkpoint(path)["args"] | {"data_path": "photos"}
+    assert said == json.loads(json.dumps(expected))
+
+
 def test_commands_take_the_safetensors_without_flags(tmp_path, image_folder, capsys):
     path, _ = save_pretraining(tmp_path, (8, 12), decoder_depth=2)
     export({"checkpoint": path, "format": "safetensors", "output": tmp_path / "out"})
