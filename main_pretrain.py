@@ -138,6 +138,7 @@ def pretrain(args, process, amp_dtype):
     # ---- resume
     signals = stopping.StopSignals()
     state = training.TrainingState(model, optimizer, scaler)
+    about = {"command": "main_pretrain.py", "args": vars(args)}
     checkpoints = training.Checkpoints(
         args.output_dir,
         process,
@@ -150,7 +151,7 @@ def pretrain(args, process, amp_dtype):
             "dtype": dtype,
         },
         defaults=flags.fixed_by_default(get_args_parser()) | pixels.RGB.stored(),
-        contents={"command": "main_pretrain.py", "args": vars(args)},
+        contents=about,
         epochs=args.epochs,
         save_every=args.save_every,
         save_minutes=args.save_minutes,
@@ -214,7 +215,6 @@ def pretrain(args, process, amp_dtype):
             checkpoints.stop_if_asked(state)
             state.begin_next_epoch()
         checkpoints.finish()
-        about = {"command": "main_pretrain.py", "args": vars(args)}
         saved = process.is_main and exporting.save_encoder(args.output_dir, model, about)
         saved = distributed.gather(saved)[0]  # no process leaves before the file is whole
     log.line(
