@@ -111,11 +111,11 @@ def main(args):
             mask_ratio=(contents.get("args") or {}).get("mask_ratio", 0.75),
         )
     else:
-        about = {name: contents[name] for name in SAID if name in contents}
-        about["args"] = (contents.get("args") or {}) | config | pixel_format.stored()
-        if about.get("command") == "main_linprobe.py":
-            about["command"] = "main_finetune.py"  # whose checkpoints are whole classifiers, too
-        folder = exporting.for_safetensors(output, weights, part, about)
+        folder = exporting.for_safetensors(output, weights, part)
+    about = {name: contents[name] for name in SAID if name in contents}
+    about["args"] = (contents.get("args") or {}) | config | pixel_format.stored()
+    if about.get("command") == "main_linprobe.py":
+        about["command"] = "main_finetune.py"  # whose checkpoints are whole classifiers, too
     card = model_card.model_card(
         f"{config['model']}, {part}",
         what(part, model),
@@ -127,7 +127,7 @@ def main(args):
         recipe=model_card.recipe_lines(contents),
         figures=model_card.logged_figures(args.checkpoint, contents),
     )
-    exporting.write_folder(output, folder, card)
+    exporting.write_folder(output, folder, about, card)
 
     # ---- what there is now
     parameters = sum(weight.numel() for weight in weights.values())
@@ -148,7 +148,7 @@ TASKS = {
     "encoder": "image-feature-extraction",
     "autoencoder": None,
 }
-SAID = ("command", "classes", "epoch", "step", "totals", "training", "versions")  # in .safetensors
+SAID = ("command", "classes", "epoch", "step", "totals", "training", "versions")  # beside weights
 
 
 def describe(contents, given, part, path):

@@ -26,12 +26,17 @@ def pixel_format(in_chans, **others):
 
 
 def with_all_parameters_random(model):
-    """A model none of whose parameters is 0 or 1, in evaluation mode."""
+    """A model none of whose parameters is 0 or 1, in evaluation mode.
+
+    Its first norm sees variances of 1e-6, where a wrong eps shows.
+    """
     for parameter in model.parameters():
         if parameter.ndim == 1:
             torch.nn.init.normal_(parameter, 0.5, 0.2)
     if hasattr(model, "head") and isinstance(model.head, torch.nn.Linear):
         torch.nn.init.normal_(model.head.weight)
+    for small in (model.pos_embed, model.cls_token, *model.patch_embed.parameters()):
+        small.data *= 1e-3
     return model.eval()
 
 
@@ -266,6 +271,15 @@ def test_safetensors_hold_the_same_bits(tmp_path, part):
     assert all(torch.equal(contents["model"][key], expected[key]) for key in expected)
     assert contents["command"] == "main_pretrain.py"
     assert contents["args"]["data_path"] == "photos"
+
+
+@pytest.mark.parametrize("library", exporting.FORMATS)
+def test_every_format_says_the_flags_to_this_project(tmp_path, library):
+    path, _ = save_pretraining(tmp_path, in_chans=5)
+    export({"checkpoint": path, "format": library, "output": tmp_path / "out"})
+    said = load_checkpoint(tmp_path / "out" / "model.safetensors")["args"]
+    expected = load_checkpoint(path)["args"] | {"data_path": "photos"}
+    assert said == json.loads(json.dumps(expected))
 
 
 def test_commands_take_the_safetensors_without_flags(tmp_path, image_folder, capsys):

@@ -35,7 +35,6 @@ class Folder:
 
     Attributes:
         weights: of model.safetensors, under the library's keys.
-        about: of model.safetensors, see `save_safetensors`.
         settings: the library's files, by name.
         library: the Hub's name of the library, or None.
         load: what loads the folder, in one line, to be shown.
@@ -47,7 +46,6 @@ class Folder:
     load: str
     example: str
     library: str | None = None
-    about: dict[str, Any] = field(default_factory=dict)
     settings: dict[str, dict[str, Any]] = field(default_factory=dict)
     remarks: list[str] = field(default_factory=list)
 
@@ -477,16 +475,13 @@ def _preprocessing_remarks(pixels: PixelFormat, library: str) -> list[str]:
 # ---- .safetensors
 
 
-def for_safetensors(
-    output: Path, weights: dict[str, Tensor], part: str, about: dict[str, Any]
-) -> Folder:
+def for_safetensors(output: Path, weights: dict[str, Tensor], part: str) -> Folder:
     """A folder whose weights this project's commands take without flags.
 
     Args:
         output: where it will be.
         weights: under the published keys.
         part: as `choose_part`.
-        about: the model's flags and more, see `save_safetensors`.
     """
     path = output / WEIGHTS
     load = {
@@ -498,7 +493,7 @@ def for_safetensors(
         "import safetensors.torch\n\n"
         f'weights = safetensors.torch.load_file("{WEIGHTS}")  # under the published keys'
     )
-    return Folder(weights, load, example, about=shareable(about))
+    return Folder(weights, load, example)
 
 
 # ---- files
@@ -557,12 +552,14 @@ def check_output(output: Path) -> None:
         raise UserError(f"--output {output} is not empty: give a new folder, or remove it")
 
 
-def write_folder(output: Path, folder: Folder, card: str) -> None:
+def write_folder(output: Path, folder: Folder, about: dict[str, Any], card: str) -> None:
     """Write an exported folder, whole or not at all.
 
     Args:
         output: a folder that is missing or empty.
         folder: its content.
+        about: beside the weights, so that this project takes them back without flags, see
+            `save_safetensors`; paths are cut.
         card: its README.md.
 
     Raises:
@@ -574,7 +571,7 @@ def write_folder(output: Path, folder: Folder, card: str) -> None:
         if temporary.exists():  # of an export that was killed
             shutil.rmtree(temporary)
         temporary.mkdir()
-        save_safetensors(temporary / WEIGHTS, folder.weights, folder.about)
+        save_safetensors(temporary / WEIGHTS, folder.weights, shareable(about))
         for name, values in folder.settings.items():
             write_whole(temporary / name, (json.dumps(values, indent=2) + "\n").encode())
         write_whole(temporary / "README.md", card.encode())
