@@ -182,6 +182,9 @@ def embed(args, process):
         )
     if args.data_path and not args.split and images.origin != args.data_path:
         line(f"without --split, the images of {images.origin} are taken")
+    if classes and "" in classes:
+        without = int((images.labels == classes.index("")).sum())
+        warn(f"{survey.count(without, 'image')} in no class folder: the class is an empty name")
     if output.exists():
         line(f"{output} exists, and will be replaced")
     if output.suffix == ".npy":

@@ -380,6 +380,15 @@ def test_wrong_input_is_refused(folder, pretraining, tmp_path, user_error):
     assert "is a folder" in user_error(lambda: embed(**flags | wrong))
 
 
+def test_images_in_no_class_are_said(folder, pretraining, tmp_path, capsys):
+    images = tmp_path / "images"
+    fill(images, ["loose.jpg"])
+    (images / "a").symlink_to(folder / "a")
+    found = embed(checkpoint=pretraining[0], data_path=images, output=tmp_path / "x.npz")
+    assert "1 image in no class folder" in capsys.readouterr().err
+    assert found["classes"][found["labels"]].tolist() == ["a", "a", "a", ""]
+
+
 def test_which_images_are_taken_is_said(image_folder, pretraining, tmp_path, capsys):
     flags = {"checkpoint": pretraining[0], "data_path": image_folder, "output": tmp_path / "x.npz"}
     assert len(embed(**flags)["filenames"]) == 5
