@@ -18,5 +18,5 @@ run python main_visualize.py --checkpoint $out/pretrain/checkpoint-last.pth \
     --data_path demo/fashion_mnist --seed 1 --output $out/reconstructions.png --device cpu
 run python "${finetune[@]}" --finetune $out/pretrain/checkpoint-last.pth --output_dir $out/finetune
 run python "${probe[@]}" --finetune $out/pretrain/checkpoint-last.pth --output_dir $out/probe
-run python main_visualize.py --curves $out/pretrain $out/finetune $out/probe --output $out/curves.png
+run python main_visualize.py --curves $out/pretrain --output $out/curves.png
 run python demo/summary.py $out

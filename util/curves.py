@@ -13,7 +13,6 @@ from util.errors import UserError, warn
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-COLUMNS = 3
 # Titles of the panels and the entries of log.txt that they show; a run has one of these.
 PANELS = {
     "training loss": ("train_loss",),
@@ -86,7 +85,7 @@ def draw(runs: list[Run]) -> "Figure":
     }
     if not panels:
         raise UserError("the log.txt of these runs have no figures to draw")
-    columns = min(COLUMNS, len(panels))
+    columns = {1: 1, 2: 2, 4: 2}.get(len(panels), 3)
     rows = -(-len(panels) // columns)
     figure = Figure(figsize=(4.2 * columns, 3.2 * rows + 0.4), layout="constrained")
     places = figure.subplots(rows, columns, sharex=True, squeeze=False).flat
