@@ -27,6 +27,7 @@ from util import (
     features,
     flags,
     image_files,
+    knn,
     loading,
     locking,
     logs,
@@ -58,17 +59,7 @@ def get_args_parser():
         action="store_true",
         help="predict pixels normalised by the mean and variance of their patch",
     )
-    for name, what in (
-        ("depth", "blocks"),
-        ("embed_dim", "width"),
-        ("num_heads", "attention heads"),
-    ):
-        model.add_argument(
-            f"--decoder_{name}",
-            type=cli.integer(1),
-            metavar="N",
-            help=f"the decoder's {what}; if not given, as the named model",
-        )
+    flags.add_decoder_flags(model)
     flags.MayChange(model).add_argument(
         "--init",
         type=cli.path,
@@ -79,32 +70,7 @@ def get_args_parser():
     flags.add_data_flags(parser)
     flags.add_pixel_flags(parser)
     flags.add_optimization_flags(parser)
-    learns = flags.MayChange(
-        parser.add_argument_group(
-            "Does it learn?", "features of unmasked images, the mean of their patch tokens"
-        )
-    )
-    learns.add_argument(
-        "--knn_every",
-        type=cli.integer(0),
-        default=0,
-        metavar="E",
-        help="every so many epochs, and after the last: how well the labels in DIR/train classify "
-        "DIR/val by nearest neighbours, and how far features spread; 0 for never",
-    )
-    learns.add_argument(
-        "--knn_k", type=cli.integer(1), default=20, help="neighbours that elect an image's class"
-    )
-    learns.add_argument(
-        "--knn_images",
-        type=cli.integer(1),
-        default=50000,
-        metavar="N",
-        help="most images of each, evenly spread",
-    )
-    learns.add_argument(
-        "--knn_layer", type=int, default=-1, metavar="I", help="block to take features after"
-    )
+    flags.add_learning_flags(parser)
     flags.add_runtime_flags(parser, grad_checkpointing=True)
     parser.set_defaults(
         model="mae_vit_large_patch16",
@@ -236,7 +202,11 @@ def pretrain(args, process, amp_dtype):
             loading.eval_loader(paths, args.input_size, process, most=args.knn_images, **batching)
             for paths in (val_paths or train_paths, train_paths)
         )
-        log.line(describe_knn(args, val_paths or train_paths, train_paths, unlabelled))
+        log.line(
+            knn.describe(
+                args.knn_every, args.knn_images, val_paths or train_paths, train_paths, unlabelled
+            )
+        )
         if unlabelled:
             bank_loader = None
 
@@ -318,19 +288,6 @@ def take_decoder_sizes(args, origin):
         named = models_mae.decoder_sizes(vars(args))
         sizes = models_mae.decoder_sizes(origin.get("args", {}))
         vars(args).update({name: n for name, n in sizes.items() if n != named.get(name)})
-
-
-def describe_knn(args, paths, bank_paths, unlabelled):
-    """The line that says what `--knn_every` measures, and why no more."""
-    of, bank = (
-        f"{min(args.knn_images, len(images)):,} images in {images.origin}"
-        for images in (paths, bank_paths)
-    )
-    epochs = f"every {args.knn_every} epochs" if args.knn_every > 1 else "every epoch"
-    if unlabelled:
-        return f"{epochs}: feature_std and rankme of {of}, but no k-NN accuracy, as {unlabelled}"
-    classes = len(bank_paths.classes)
-    return f"{epochs}: k-NN accuracy of {of}, by {bank} of {classes} classes; feature_std, rankme"
 
 
 def pictured_images(dataset):

@@ -112,6 +112,51 @@ def add_input_size_flag(parser: argparse._ActionsContainer, default: int | None)
     )
 
 
+def add_decoder_flags(group: argparse._ActionsContainer) -> None:
+    """The decoder's sizes; None where a flag is not given."""
+    for name, what in (
+        ("depth", "blocks"),
+        ("embed_dim", "width"),
+        ("num_heads", "attention heads"),
+    ):
+        group.add_argument(
+            f"--decoder_{name}",
+            type=integer(1),
+            metavar="N",
+            help=f"the decoder's {what}; if not given, as the named model",
+        )
+
+
+def add_learning_flags(parser: argparse.ArgumentParser) -> None:
+    """What a pre-training measures of its features, see `engine_pretrain.evaluate_features`."""
+    free = MayChange(
+        parser.add_argument_group(
+            "Does it learn?", "features of unmasked images, the mean of their patch tokens"
+        )
+    )
+    free.add_argument(
+        "--knn_every",
+        type=integer(0),
+        default=0,
+        metavar="E",
+        help="every so many epochs, and after the last: how well the labels in DIR/train classify "
+        "DIR/val by nearest neighbours, and how far features spread; 0 for never",
+    )
+    free.add_argument(
+        "--knn_k", type=integer(1), default=20, help="neighbours that elect an image's class"
+    )
+    free.add_argument(
+        "--knn_images",
+        type=integer(1),
+        default=50000,
+        metavar="N",
+        help="most images of each, evenly spread",
+    )
+    free.add_argument(
+        "--knn_layer", type=int, default=-1, metavar="I", help="block to take features after"
+    )
+
+
 def add_classifier_flags(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
     """The flags of `add_model_flags` and those of a classifier."""
     group = add_model_flags(parser)

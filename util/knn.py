@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from util import distributed
+from util.image_files import Images
 
 TEMPERATURE = 0.07
 _QUERIES, _BANK = 512, 4096  # a block of similarities, 16 MiB
@@ -100,3 +101,19 @@ def accuracy(
         elected = vote(similarity, bank_labels[nearby])
         hits += (elected == labels[start : start + block]).sum().item()
     return 100 * sum(distributed.gather(hits)) / asked
+
+
+def describe(every: int, most: int, images: Images, bank: Images, unlabelled: str) -> str:
+    """The line that says what a pre-training measures every so many epochs, and why no more.
+
+    Args:
+        most: how many images are taken of each.
+        images, bank: those to classify, and those whose classes are known.
+        unlabelled: why there is no accuracy, or "".
+    """
+    of, known = (f"{min(most, len(taken)):,} images in {taken.origin}" for taken in (images, bank))
+    epochs = f"every {every} epochs" if every > 1 else "every epoch"
+    if unlabelled:
+        return f"{epochs}: feature_std and rankme of {of}, but no k-NN accuracy, as {unlabelled}"
+    classes = len(bank.classes)
+    return f"{epochs}: k-NN accuracy of {of}, by {known} of {classes} classes; feature_std, rankme"
