@@ -105,7 +105,8 @@ def train_or_evaluate(args, train, evaluate):
         if args.predictions and process.is_main:
             cli.check_output_file(args.predictions, "--predictions")
         if args.eval:
-            with memory.explain_running_out(args.batch_size):
+            fixed_by = "--predictions" if args.predictions else ""
+            with memory.explain_running_out(args.batch_size, fixed_by=fixed_by):
                 evaluate(args, process, amp_dtype)
         else:
             with locking.lock(args.output_dir, process):

@@ -226,6 +226,17 @@ def test_faults_are_said_before_anything_is_computed(
     )
 
 
+def test_running_out_of_memory(eval_flags, finetune, user_error, monkeypatch):
+    """--batch_size, which is of no help here, is advised without the flag."""
+
+    def out_of_memory(*_args, **_kwargs):
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr(main_finetune, "evaluate", out_of_memory)
+    message = user_error(lambda: finetune(eval_flags))
+    assert message.startswith("out of memory with 32 images at a time, as --predictions takes them")
+
+
 def test_weights_that_are_not_finite(eval_flags, finetune, seven_classes, tmp_path, user_error):
     """No file is left, and what was there stays."""
     contents = load_checkpoint(seven_classes)

@@ -22,6 +22,7 @@ def explain_running_out(
     grad_checkpointing: bool = False,
     *,
     trains: bool = False,
+    fixed_by: str = "",
 ) -> Iterator[None]:
     """Turn an allocation that fails, on a GPU or a CPU, into a UserError that says what helps.
 
@@ -32,12 +33,18 @@ def explain_running_out(
         dtype: a `resolve_amp` type.
         grad_checkpointing: whether it is on.
         trains: whether there may be a checkpoint to go on from.
+        fixed_by: the flag that determines `batch_size`, if it is not --batch_size.
     """
     try:
         yield
     except RuntimeError as error:
         if not any(text in str(error) for text in RUNNING_OUT):
             raise
+        if fixed_by:
+            raise UserError(
+                f"out of memory with {batch_size} images at a time, as {fixed_by} takes them: leave "
+                "it out and lower --batch_size, or compute with --device cpu"
+            ) from error
         problem = f"out of memory with --batch_size {batch_size}"
         if model is None:
             go_on = " and add --accept_changes to go on from the last checkpoint"
