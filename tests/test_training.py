@@ -195,7 +195,7 @@ FREE = (
     "save_minutes log_every timeout_minutes max_pixels"
 ).split()
 FREE_FLAGS = {
-    main_pretrain: {*FREE, "grad_checkpointing"},
+    main_pretrain: {*FREE, "grad_checkpointing", "init"},
     main_finetune: {*FREE, "grad_checkpointing", "finetune", "eval", "dist_eval"},
     main_linprobe: {*FREE, "finetune", "eval", "dist_eval"},
 }
