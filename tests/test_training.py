@@ -195,7 +195,10 @@ FREE = (
     "save_minutes log_every timeout_minutes max_pixels accept_changes"
 ).split()
 FREE_FLAGS = {
-    main_pretrain: {*FREE, "grad_checkpointing"},
+    main_pretrain: {
+        *(*FREE, "grad_checkpointing", "init"),
+        *("knn_every", "knn_k", "knn_images", "knn_layer"),
+    },
     main_finetune: {*FREE, "grad_checkpointing", "finetune", "eval", "dist_eval", "predictions"},
     main_linprobe: {*FREE, "finetune", "eval", "dist_eval", "predictions"},
 }
