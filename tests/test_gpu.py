@@ -13,7 +13,7 @@ from reference_figures import FIGURES, reference_inputs, reference_mae
 import models_mae
 import models_vit
 from benchmarks.sides import Setting, ours
-from util import optim, speed
+from util import knn, optim, speed, spread
 from util.checkpoint import load_checkpoint
 from util.logs import Meter
 from util.memory import counted_gib
@@ -183,3 +183,23 @@ def test_steps_do_not_wait_for_the_gpu(task, model, amp, monkeypatch):
         train(3)
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+def test_neighbours_and_spread_equal_those_of_the_cpu():
+    """To the same bits: similarities are rounded from float64, and no two neighbours are equal."""
+    torch.manual_seed(0)
+    queries, bank, numbers = torch.randn(600, 192), torch.randn(9000, 192), torch.arange(9000)
+    bank[5000:6000] = bank[:1000]
+    expected = knn.nearest(queries, bank, numbers, 20)
+    found = knn.nearest(queries.to(GPU), bank.to(GPU), numbers.to(GPU), 20)
+    assert torch.equal(found.cpu(), expected)
+    labels = numbers % 7
+    figures = [
+        (
+            knn.accuracy(queries.to(device), labels[:600], bank.to(device), numbers, labels, 20),
+            spread.feature_std(queries.to(device)),
+            spread.rankme(queries.to(device)),
+        )
+        for device in (CPU, GPU)
+    ]
+    assert figures[1] == pytest.approx(figures[0], rel=1e-9)

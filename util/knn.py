@@ -93,11 +93,12 @@ def accuracy(
     numbers = numbers.to(bank.device)
     hits = 0
     for start in range(0, max(size for size, _ in sizes), block):
-        own = queries[start : start + block]
-        blocks = distributed.gather(own.cpu())
-        found = nearest(torch.cat(blocks).to(bank.device), bank, numbers, k).cpu()
-        shards = distributed.gather(found.split([len(part) for part in blocks]))
-        similarity, nearby = neighbours(merge([shard[rank] for shard in shards], k))
+        own = queries[start : start + block].cpu().clone()  # a slice would travel as the whole
+        blocks = distributed.gather(own)
+        found = nearest(torch.cat(blocks).to(bank.device), bank, numbers, k)
+        first = sum(len(part) for part in blocks[:rank])
+        shards = [shard[first : first + len(own)] for shard in distributed.gather(found.cpu())]
+        similarity, nearby = neighbours(merge(shards, k))
         elected = vote(similarity, bank_labels[nearby])
         hits += (elected == labels[start : start + block]).sum().item()
     return 100 * sum(distributed.gather(hits)) / asked
