@@ -402,16 +402,28 @@ def test_a_diverged_run_goes_on_as_its_error_says(pretrain_flags, pretrain, user
     flags = pretrain_flags | diverging | {"save_minutes": 0}
     message = user_error(lambda: pretrain(flags))
     assert "not finite" in message or "the loss is nan" in message
-    rising = f"it continues from {flags['output_dir']}/checkpoint-last.pth (after step "
-    assert rising in message
+    assert "checkpoint-last.pth (after step " in message
+    assert "is of no use, as the loss was" in message
+    assert "and add --resume none, which begins anew: " in message
     change = advised(message, accept_changes=True, lr=1e-3, warmup_epochs=1, clip_grad=1)
+    pretrain(flags | change | {"resume": "none"})
+    assert records(flags["output_dir"])[-1]["val_loss"] < 2
+
+
+def test_a_later_divergence_goes_back_to_what_is_still_of_use(
+    pretrain_flags, pretrain, user_error, capsys
+):
+    """A good epoch, then a wrecked one, as a too high learning rate is accepted."""
+    flags = pretrain_flags | {"save_every": 1, "save_minutes": 0, "weight_decay": 1}
+    pretrain(flags | {"epochs": 1})
+    message = user_error(lambda: pretrain(flags | {"epochs": 4, "lr": 30} | ACCEPT))
+    change = advised(message, accept_changes=True, lr=1e-3, resume=...)
+    assert change["resume"] == f"{flags['output_dir']}/checkpoint-0.pth"
     capsys.readouterr()
-    pretrain(flags | change)
+    pretrain(flags | change | {"epochs": 2})
     out = capsys.readouterr().out
-    assert "resuming" in out
-    assert "lr 30 -> 0.001" in accepted_lines(out)
-    pretrain(flags | change | advised(message, resume="none"))
-    assert "resuming" not in capsys.readouterr().out
+    assert f"resuming {change['resume']}" in out
+    assert {"epochs 1 -> 2", "lr 0.01 -> 0.001"} <= {*accepted_lines(out)}
     assert records(flags["output_dir"])[-1]["val_loss"] < 2
 
 

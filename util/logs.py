@@ -205,6 +205,8 @@ class Meter:
         now = time.perf_counter()
         self._check_finite(losses)
         means = [sum(step_losses) / len(step_losses) for step_losses in zip(*losses, strict=True)]
+        if not self.totals["steps"]:
+            self.totals["first_loss"] = means[0]
         # One at a time, so that the float sum does not depend on where the log lines fell.
         for mean in means:
             self.totals["loss"] += mean

@@ -42,8 +42,8 @@ def explain_running_out(
             raise
         if fixed_by:
             raise UserError(
-                f"out of memory with {batch_size} images at a time, as {fixed_by} takes them: leave "
-                "it out and lower --batch_size, or compute with --device cpu"
+                f"out of memory with {batch_size} images at a time, as {fixed_by} takes them: "
+                "leave it out and lower --batch_size, or compute with --device cpu"
             ) from error
         problem = f"out of memory with --batch_size {batch_size}"
         if model is None:

@@ -110,6 +110,7 @@ class Checkpoints:
         self.save_seconds = 60 * save_minutes
         self.writer = Writer(self.output_dir)
         self.accepted: list[dict[str, Any]] = []  # changes of settings, see `accepted_in`
+        self.first_loss: float | None = None  # of untrained weights
         self._resume = "auto"
         self._next_save = time.monotonic() + self.save_seconds
         self._agree = distributed.Agreement(process)
@@ -184,6 +185,7 @@ class Checkpoints:
         else:
             state.totals = contents["totals"]
         self.accepted = contents.get("accepted_changes", [])
+        self.first_loss = contents.get("first_loss")
         if changed:
             self._accept(changed, state, contents)
 
@@ -228,22 +230,37 @@ class Checkpoints:
             "repeat the command with --accept_changes and a lower learning rate (--lr or --blr), a "
             "longer --warmup_epochs, --clip_grad 1 or, in fp16 or bf16, --amp off"
         )
-        if self._resume == "none":
-            return f"{change}; it begins anew"
-        places = []  # of the whole checkpoints, from old to new
+        places = []
         for path in checkpoints_in(self.output_dir):
-            with contextlib.suppress(UserError):
+            with contextlib.suppress(UserError):  # a torn one
                 places.append(_place(path))
-        places.sort(key=lambda place: place[:3])
-        if self._resume == "auto" and not places:
+        places.sort(key=lambda place: place.key)
+        start = places[-1] if places else None
+        if self._resume != "auto":
+            start = None if self._resume == "none" else _place(self._resume)
+        if start is None:
             return f"{change}; it begins anew"
-        start = places[-1] if self._resume == "auto" else _place(Path(self._resume))
-        earlier = [place for place in places if place[:2] < start[:2]]
-        back = f"--resume {earlier[-1][3]} ({earlier[-1][4]}), or " if earlier else ""
+        back = ["--resume none, which begins anew"]
+        back[:0] = [
+            f"--resume {place.path} ({place})"
+            for place in places[::-1]
+            if place.key[:2] < start.key[:2] and not self._is_ruined(place)
+        ][:1]
+        if self._is_ruined(start):
+            return (
+                f"{change}, and add {back[0]}: {start.path} ({start}) is of no use, as the loss "
+                f"was {self.first_loss:.4g} at the run's first steps"
+            )
         return (
-            f"{change}; it continues from {start[3]} ({start[4]}). If that is too late, add "
-            f"{back}--resume none, which begins anew"
+            f"{change}; it continues from {start.path} ({start}). If that is too late, add "
+            f"{', or '.join(back)}"
         )
+
+    def _is_ruined(self, place: "_Place") -> bool:
+        """Whether its loss is far above that of untrained weights, from where none comes back."""
+        if place.loss is None or self.first_loss is None:
+            return False
+        return place.loss > 2 * self.first_loss
 
     def _set_newer_files_aside(self, resume: str, start: tuple[float, float]) -> None:
         """Rename checkpoints newer than this run's start, so that a later auto doesn't take them.
@@ -386,6 +403,8 @@ class Checkpoints:
         Raises:
             NotFinite: the state is not finite; nothing is written.
         """
+        if state.epoch == 0 and self.first_loss is None:
+            self.first_loss = state.totals.get("first_loss")
         contents = {
             "model": state.model.state_dict(),
             "optimizer": state.optimizer.state_dict(),
@@ -395,6 +414,7 @@ class Checkpoints:
             "step": state.step,
             "totals": None if epoch_is_done else state.totals,
             "best": state.best,
+            "first_loss": self.first_loss,
             "loss": state.totals["loss"] / state.totals["steps"] if state.totals else None,
             "versions": {"mae": util.__version__}
             | {
@@ -464,11 +484,20 @@ def _shown(before: Any, after: Any) -> str:
     return " -> ".join(texts)
 
 
-def _place(path: Path) -> tuple[int, int, bool, Path, str]:
-    """Where a checkpoint lies, as `sort_key`, its path, and the place in words with the loss."""
+@dataclass
+class _Place:
+    """Where a checkpoint lies, sorted as by `sort_key`, and the epoch's mean loss until then."""
+
+    path: str | Path
+    key: tuple[int, int, bool]
+    loss: float | None
+
+    def __str__(self) -> str:
+        loss = "" if self.loss is None else f", whose loss was {self.loss:.4g}"
+        return f"after step {self.key[1]} of epoch {self.key[0]}{loss}"
+
+
+def _place(path: str | Path) -> _Place:
     contents = load_checkpoint(path, mmap=True)
-    epoch, step = contents.get("epoch", -1), contents.get("step", 0)
-    words = f"after step {step} of epoch {epoch}"
-    if contents.get("loss") is not None:
-        words += f", whose loss was {contents['loss']:.4g}"
-    return epoch, step, path.name == LAST, path, words
+    key = contents.get("epoch", -1), contents.get("step", 0), Path(path).name == LAST
+    return _Place(path, key, contents.get("loss"))
