@@ -158,7 +158,7 @@ def test_an_unreadable_image_has_a_line_without_a_prediction(
     assert set(found[1].values()) == {"001.png", ""}
     assert found[2]["predicted"]
     out = capsys.readouterr().out
-    assert "1 unreadable images stand there without a prediction" in out
+    assert "unreadable, and there without a prediction: 1" in out
     (tmp_path / "labelled" / "val").mkdir(parents=True)
     shutil.copytree(tmp_path / "some", tmp_path / "labelled" / "val" / "a")
     message = user_error(lambda: finetune(eval_flags | {"data_path": tmp_path / "labelled"}))

@@ -329,7 +329,7 @@ def report_predictions(
     if process.is_main:
         say(f"the predictions for {len(images) - unreadable} images are in {path}", sys.stdout)
         if unreadable:
-            say(f"{unreadable} unreadable images stand there without a prediction", sys.stdout)
+            say(f"unreadable, and there without a prediction: {unreadable}", sys.stdout)
         if not images.classes:
             say(f"{images.origin} has no labels: there is no accuracy", sys.stdout)
 
