@@ -102,11 +102,7 @@ def get_args_parser():
         help="mixed precision; off is float32, as features are compared",
     )
     flags.add_pixel_flags(parser)
-    unsaid = parser.add_argument_group(
-        "For checkpoints that hold only weights", "this project's checkpoints store all of this"
-    )
-    unsaid.add_argument("--model", metavar="NAME", help="name of the model, mae_vit_* or vit_*")
-    flags.add_input_size_flag(unsaid, default=None)
+    flags.add_unsaid_flags(parser, target=False)
     return parser
 
 

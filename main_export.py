@@ -56,15 +56,7 @@ def get_args_parser():
         help="the encoder of a linear probe; if not given, the file that was probed",
     )
     flags.add_pixel_flags(parser)
-    unsaid = parser.add_argument_group(
-        "For checkpoints that hold only weights", "this project's checkpoints store all of this"
-    )
-    unsaid.add_argument("--model", metavar="NAME", help="name of the model")
-    flags.add_input_size_flag(unsaid, default=None)
-    unsaid.add_argument(
-        "--norm_pix_loss", action="store_true", default=None, help="it predicts normalised pixels"
-    )
-    unsaid.add_argument("--no_norm_pix_loss", action="store_false", dest="norm_pix_loss")
+    flags.add_unsaid_flags(parser)
     return parser
 
 

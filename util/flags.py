@@ -112,6 +112,26 @@ def add_input_size_flag(parser: argparse._ActionsContainer, default: int | None)
     )
 
 
+def add_unsaid_flags(parser: argparse.ArgumentParser, target: bool = True) -> None:
+    """What a file of weights only doesn't say of its model, and, with `target`, what it predicts.
+
+    None where a flag is not given, see `pretrained.settle`.
+    """
+    group = parser.add_argument_group(
+        "For checkpoints that hold only weights", "this project's checkpoints store all of this"
+    )
+    group.add_argument("--model", metavar="NAME", help="name of the model, mae_vit_* or vit_*")
+    add_input_size_flag(group, default=None)
+    if target:
+        group.add_argument(
+            "--norm_pix_loss",
+            action="store_true",
+            default=None,
+            help="it predicts normalised pixels",
+        )
+        group.add_argument("--no_norm_pix_loss", action="store_false", dest="norm_pix_loss")
+
+
 def add_decoder_flags(group: argparse._ActionsContainer) -> None:
     """The decoder's sizes; None where a flag is not given."""
     for name, what in (
