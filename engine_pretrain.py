@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from util import distributed, features, knn, spread
+from util.errors import warn
 from util.loading import ImageLoader
 from util.logs import Meter
 from util.lr_sched import set_lr, warmup_cosine_lr
@@ -177,4 +178,7 @@ def evaluate_features(
         figures["knn_acc1"] = knn.accuracy(queries, labels[indices], bank, numbers, bank_labels, k)
     model.train(was_training)
     figures |= {"feature_std": spread.feature_std(queries), "rankme": spread.rankme(queries)}
-    return {name: value for name, value in figures.items() if math.isfinite(value)}
+    finite = {name: value for name, value in figures.items() if math.isfinite(value)}
+    if len(finite) < len(figures):
+        warn(f"no {' and '.join(figures.keys() - finite.keys())}: features are not finite, or none")
+    return finite

@@ -138,6 +138,7 @@ def embed(args, process):
     features.check_layer(model, args.layer)
     usual_pool = what_is_pooled(contents["model"])
     pool = args.pool or usual_pool
+    del contents  # it may hold an optimizer's state
     model.to(process.device).eval()
     speed.prepare(model, process.device, amp_dtype)
 

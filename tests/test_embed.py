@@ -1,6 +1,7 @@
 """Files of features: timm's and transformers' numbers, the same bytes however they are computed."""
 
 import csv
+import fcntl
 import signal
 import time
 
@@ -17,8 +18,9 @@ import main_data
 import main_embed
 import models_mae
 import models_vit
-from util import data, decoding
+from util import data, decoding, feature_files
 from util.checkpoint import save_safetensors
+from util.errors import UserError
 
 MAE = {"model": "tiny_test_model", "input_size": 8, "norm_pix_loss": False, "in_chans": 3}
 CLASSIFIER = {"model": "tiny_test_vit", "input_size": 8, "nb_classes": 3, "global_pool": True}
@@ -396,3 +398,24 @@ def test_which_images_are_taken_is_said(image_folder, pretraining, tmp_path, cap
     assert len(embed(**flags, split="train")["filenames"]) == 18
     assert len(embed(**flags | {"data_path": image_folder / "train"})["filenames"]) == 18
     assert "without --split" not in capsys.readouterr().out
+
+
+def test_a_file_that_another_run_has_just_finished_is_not_touched(tmp_path, monkeypatch):
+    """It was still the temporary one when this run opened it."""
+    path = tmp_path / "f.npy"
+    temporary = tmp_path / ".f.npy.tmp"
+    temporary.write_bytes(b"whole")
+    lock = fcntl.lockf
+
+    def finished_meanwhile(*args):
+        if temporary.exists():
+            temporary.rename(path)
+        return lock(*args)
+
+    monkeypatch.setattr(feature_files.fcntl, "lockf", finished_meanwhile)
+    with (
+        pytest.raises(UserError, match="another run is writing"),
+        feature_files.writing(path, (2,), 1, None),
+    ):
+        pass
+    assert path.read_bytes() == b"whole"

@@ -16,6 +16,7 @@ pytestmark = [
 
 # Where a run may wait for the GPU, and how many waits that makes at a time; any number for None.
 ONCE_A_RUN = {"fake_gpu.to": None, "data._channel_statistics": 1, "training.restore": None}
+ONCE_A_RUN |= dict.fromkeys(["optim.load_state", "checkpoint.save_safetensors"])
 ONCE_A_LINE = {"logs.flush": 1}
 ONCE_AN_EPOCH = {"engine_pretrain.evaluate": 1, "engine_finetune.evaluate": 3}  # of one tensor
 PICTURES = dict.fromkeys(["main_pretrain.pretrain", "visualize.reconstruct", "visualize._shown"])
@@ -59,7 +60,7 @@ def test_features_are_compared_on_the_gpu(pretrain, pretrain_flags, monkeypatch)
     """k-NN waits for the answers to a block of queries, not for a batch."""
     neighbours = knn.neighbours  # ones from the GPU stand for numbers that no image has
     monkeypatch.setattr(knn, "neighbours", lambda found: neighbours(found.fill_(2**32 - 1)))
-    waits = {"knn.accuracy": 4, "spread.rankme": 2, "spread.feature_std": 1}
+    waits = {"knn.accuracy": 5, "spread.rankme": 2, "spread.feature_std": 1}
     with fake_gpu.running() as gpu:
         pretrain(pretrain_flags | FLAGS | {"amp": "bf16", "knn_every": 1})
     check(gpu, also=waits)

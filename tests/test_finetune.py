@@ -191,7 +191,8 @@ def test_outputs_of_a_run(classify_flags, finetune, capsys):
         assert record["n_parameters"] == 27298
     accuracies = [record["test_acc1"] for record in records]
     scalars, _ = events(out_dir)
-    assert set(scalars) == {"loss", "lr", "perf/test_acc1", "perf/test_acc5", "perf/test_loss"}
+    perf = {"perf/test_acc1", "perf/test_acc5", "perf/test_loss"}
+    assert set(scalars) == {"loss", "lr", "grad_norm", *perf}
     assert scalars["perf/test_acc1"] == pytest.approx(
         dict(zip((1, 2, 3, 4), accuracies, strict=True))
     )

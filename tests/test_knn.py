@@ -299,3 +299,18 @@ def test_without_classes_it_says_why(folders, reason, tmp_path, pretrain_flags, 
 def test_a_block_that_does_not_exist_is_refused(pretrain_flags, pretrain, user_error):
     flags = pretrain_flags | {"knn_every": 1, "knn_layer": 7}
     assert "layer 7 does not exist" in user_error(lambda: pretrain(flags))
+
+
+def test_features_that_are_not_finite_are_said(pretrain, pretrain_flags, monkeypatch, capsys):
+    broken = features.pool
+
+    def with_a_nan(*args):
+        pooled = broken(*args).clone()
+        pooled[0, 0] = float("nan")
+        return pooled
+
+    monkeypatch.setattr(features, "pool", with_a_nan)
+    pretrain(pretrain_flags | {"knn_every": 1, "epochs": 1})
+    assert "features are not finite" in capsys.readouterr().err
+    (record,) = log_of(pretrain_flags["output_dir"], *FIGURES)
+    assert not record.keys() & set(FIGURES)

@@ -174,12 +174,16 @@ def _replacing(path: Path) -> Iterator[IO[bytes]]:
     with open(os.open(temporary, os.O_RDWR | os.O_CREAT, 0o666), "r+b") as file:
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
+            # A run that has just ended may have given it its name: then that is the whole file.
+            is_free = os.path.samestat(os.fstat(file.fileno()), os.stat(temporary))
+        except (BlockingIOError, FileNotFoundError):
+            is_free = False
+        except OSError:  # some network file systems have no locks
+            is_free = True
+        if not is_free:
             raise UserError(
                 f"another run is writing {path}: wait for it, or choose another --output"
-            ) from error
-        except OSError:  # some network file systems have no locks
-            pass
+            )
         try:
             file.truncate(0)
             yield file

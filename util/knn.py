@@ -83,11 +83,13 @@ def accuracy(
         k: how many neighbours vote.
 
     Returns:
-        the same number in all processes; nan without queries or without a bank.
+        the same number in all processes; nan without queries or without a bank, or if a feature
+        is not finite.
     """
-    sizes = distributed.gather((len(queries), len(bank)))
+    is_finite = bool((queries.sum() + bank.sum()).isfinite())
+    sizes, finite = zip(*distributed.gather(((len(queries), len(bank)), is_finite)), strict=True)
     asked, known = map(sum, zip(*sizes, strict=True))
-    if not asked or not known:
+    if not asked or not known or not all(finite):
         return float("nan")
     rank, block = distributed.rank(), max(1, _QUERIES // len(sizes))
     numbers = numbers.to(bank.device)
