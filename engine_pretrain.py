@@ -180,5 +180,6 @@ def evaluate_features(
     figures |= {"feature_std": spread.feature_std(queries), "rankme": spread.rankme(queries)}
     finite = {name: value for name, value in figures.items() if math.isfinite(value)}
     if len(finite) < len(figures):
-        warn(f"no {' and '.join(figures.keys() - finite.keys())}: features are not finite, or none")
+        missing = " and ".join(name for name in figures if name not in finite)
+        warn(f"no {missing}: too few images, or features not finite")
     return finite

@@ -204,7 +204,12 @@ def pretrain(args, process, amp_dtype):
         )
         log.line(
             knn.describe(
-                args.knn_every, args.knn_images, val_paths or train_paths, train_paths, unlabelled
+                args.knn_every,
+                args.knn_images,
+                args.knn_k,
+                val_paths or train_paths,
+                train_paths,
+                unlabelled,
             )
         )
         if unlabelled:

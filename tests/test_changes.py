@@ -299,7 +299,7 @@ def test_more_images(pretrain_flags, pretrain, tmp_path, capsys):
     capsys.readouterr()
     pretrain(flags | {"epochs": 2} | ACCEPT)
     names = [line.split()[0] for line in accepted_lines(capsys.readouterr().out)]
-    assert names == ["epochs", "images", "image_names"]
+    assert names == ["epochs", "images", "image_names:"]
     changes = records(flags["output_dir"])[1]["accepted_changes"]
     assert {"epoch": 1, "step": 0, "name": "images", "before": 4, "after": 6} in changes
 

@@ -322,3 +322,11 @@ def test_the_pixel_format_is_read_from_the_weights(
     assert {name: args[name] for name in bands} == bands
     line = refused(monkeypatch, capsys, flags | {"mean": (0, 0, 0, 0), "std": (1, 1, 1, 1)})
     assert "was trained with mean 0.4 0.5 0.6 0.7, not 0.0 0.0 0.0 0.0" in line
+
+
+def test_weights_that_are_not_finite_are_refused(pretrain_flags, tmp_path, monkeypatch, capsys):
+    weights = autoencoder().state_dict()
+    weights["norm.bias"][0] = float("nan")
+    torch.save(weights, tmp_path / "nan.pth")
+    line = refused(monkeypatch, capsys, pretrain_flags | {"init": tmp_path / "nan.pth"})
+    assert "nan.pth holds values that are not finite in norm.bias" in line

@@ -224,7 +224,8 @@ def test_a_run_with_it_ends_in_the_same_bits(image_folder, pretrain_flags, pretr
     out = capsys.readouterr().out
     assert (
         f"every 2 epochs: k-NN accuracy of 5 images in {image_folder}/val, by 9 images in "
-        f"{image_folder}/train of 2 classes; feature_std, rankme\n"
+        f"{image_folder}/train (all of which vote, as --knn_k is 20) of 2 classes; feature_std, "
+        "rankme\n"
     ) in out
     for record in logged[1:]:
         assert (
@@ -311,6 +312,11 @@ def test_features_that_are_not_finite_are_said(pretrain, pretrain_flags, monkeyp
 
     monkeypatch.setattr(features, "pool", with_a_nan)
     pretrain(pretrain_flags | {"knn_every": 1, "epochs": 1})
-    assert "features are not finite" in capsys.readouterr().err
+    assert "features not finite" in capsys.readouterr().err
     (record,) = log_of(pretrain_flags["output_dir"], *FIGURES)
     assert not record.keys() & set(FIGURES)
+
+
+def test_one_image_has_no_spread():
+    assert np.isnan(spread.feature_std(normal(1, 1, 8)))
+    assert np.isnan(spread.rankme(normal(1, 1, 8)))

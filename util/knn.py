@@ -106,11 +106,12 @@ def accuracy(
     return 100 * sum(distributed.gather(hits)) / asked
 
 
-def describe(every: int, most: int, images: Images, bank: Images, unlabelled: str) -> str:
+def describe(every: int, most: int, k: int, images: Images, bank: Images, unlabelled: str) -> str:
     """The line that says what a pre-training measures every so many epochs, and why no more.
 
     Args:
         most: how many images are taken of each.
+        k: how many neighbours vote.
         images, bank: those to classify, and those whose classes are known.
         unlabelled: why there is no accuracy, or "".
     """
@@ -119,4 +120,6 @@ def describe(every: int, most: int, images: Images, bank: Images, unlabelled: st
     if unlabelled:
         return f"{epochs}: feature_std and rankme of {of}, but no k-NN accuracy, as {unlabelled}"
     classes = len(bank.classes)
+    if k >= min(most, len(bank)):
+        known += f" (all of which vote, as --knn_k is {k})"
     return f"{epochs}: k-NN accuracy of {of}, by {known} of {classes} classes; feature_std, rankme"

@@ -361,6 +361,9 @@ def _load_weights(
     With `fixed_positions`, sine-cosine tables are those of the model's grid, and not resampled.
     """
     own = model.state_dict()
+    for key, weight in weights.items():
+        if not weight.isfinite().all():
+            raise UserError(f"{source} holds values that are not finite in {key}: it is of no use")
     _check_axes(own, weights, source)
     _check_same_size(own, weights, source)
     weights = dict(weights)

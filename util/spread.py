@@ -18,11 +18,13 @@ def feature_std(features: Tensor) -> float:
     all directions (SimSiam, arXiv 2011.10566, section 4.1).
 
     Args:
-        features: this process's share [N, D] of all.
+        features: this process's share [N, D] of all; nan if these are fewer than two.
     """
     blocks = [F.normalize(block.double(), dim=1) for block in features.split(_BLOCK)]
     zeros = features.new_zeros(features.shape[1], dtype=torch.float64)
     count = sum(distributed.gather(len(features)))
+    if count < 2:
+        return math.nan
     mean = distributed.total(sum((block.sum(dim=0) for block in blocks), zeros)) / count
     squares = sum(((block - mean).square().sum(dim=0) for block in blocks), zeros)
     return (distributed.total(squares) / count).sqrt().mean().item()
@@ -35,8 +37,10 @@ def rankme(features: Tensor) -> float:
     at most D.
 
     Args:
-        features: this process's share [N, D] of all, as they are.
+        features: this process's share [N, D] of all, as they are; nan if these are fewer than two.
     """
+    if sum(distributed.gather(len(features))) < 2:
+        return math.nan
     zeros = features.new_zeros(features.shape[1], features.shape[1], dtype=torch.float64)
     blocks = (block.double() for block in features.split(_BLOCK))
     products = distributed.total(sum((block.T @ block for block in blocks), zeros))

@@ -193,7 +193,10 @@ class Checkpoints:
         self, changed: dict[str, tuple[Any, Any]], state: TrainingState, contents: dict[str, Any]
     ) -> None:
         """Say and note the changed settings, and what they do to the epoch that goes on."""
-        lines = [f"accepted: {name} {_shown(*values)}" for name, values in changed.items()]
+        shown = {name: f"{name} {_shown(*values)}" for name, values in changed.items()}
+        if "image_names" in shown:  # checksums, which mean nothing to a reader
+            shown["image_names"] = "image_names: other files than before"
+        lines = [f"accepted: {change}" for change in shown.values()]
         steps = self.contents["steps"]
         cause = ", ".join(name for name in changed if name in CHANGES_STEPS)
         if cause and 0 < state.step == contents.get("steps"):
@@ -252,8 +255,8 @@ class Checkpoints:
                 f"was {self.first_loss:.4g} at the run's first steps"
             )
         return (
-            f"{change}; it continues from {start.path} ({start}). If that is too late, add "
-            f"{', or '.join(back)}"
+            f"{change}; it continues from {start.path} ({start}). If that is too late, "
+            f"or fails again at once, add {', or '.join(back)}"
         )
 
     def _is_ruined(self, place: "_Place") -> bool:
