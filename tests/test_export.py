@@ -210,6 +210,18 @@ def test_transformers_gives_the_logits_of_a_classifier(tmp_path, global_pool, si
     assert loaded.config.label2id["c"] == 2
 
 
+def test_outputs_without_a_class_are_named_by_their_numbers(tmp_path):
+    path, _ = save_classifier(tmp_path, classes=["a", "b"])
+    flags = {"checkpoint": path, "format": "timm"}
+    export(flags | {"output": tmp_path / "timm"})
+    config = json.loads((tmp_path / "timm" / "config.json").read_text())
+    assert config["label_names"] == ["a", "b", "2"]
+    export(flags | {"format": "transformers", "output": tmp_path / "out"})
+    loaded, wrong = load_transformers("AutoModelForImageClassification", tmp_path / "out")
+    assert not wrong
+    assert loaded.config.id2label == {0: "a", 1: "b", 2: "2"}
+
+
 # ---- preprocessing
 
 

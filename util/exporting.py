@@ -189,7 +189,8 @@ def timm_config(
     Args:
         model: the encoder or the classifier; its sizes are read.
         global_pool: "avg" or "token".
-        classes: names of a classifier's classes; [] if they are unknown; None for an encoder.
+        classes: names of a classifier's first classes, the rest are named by their numbers; [] if
+            they are unknown; None for an encoder.
         pixels: what the model sees of a file.
     """
     (height, width), (patch, _) = model.patch_embed.img_size, model.patch_embed.patch_size
@@ -213,7 +214,7 @@ def timm_config(
         "num_features": size["width"],
         "global_pool": global_pool,
         "model_args": model_args,
-        **({"label_names": classes} if classes else {}),
+        **({"label_names": _all_names(model, classes)} if classes else {}),
         "pretrained_cfg": {
             "tag": "mae",
             "custom_load": False,
@@ -388,7 +389,8 @@ def transformers_config(
     else:
         config |= {"qkv_bias": True, "encoder_stride": patch}
     if classes is not None:
-        names = classes or [f"LABEL_{index}" for index in range(len(model.head.weight))]
+        names = [f"LABEL_{index}" for index in range(len(model.head.weight))]
+        names = _all_names(model, classes) if classes else names
         config["id2label"] = {str(index): name for index, name in enumerate(names)}
         config["label2id"] = {name: index for index, name in enumerate(names)}
     return config
@@ -497,6 +499,11 @@ def for_safetensors(output: Path, weights: dict[str, Tensor], part: str) -> Fold
 
 
 # ---- files
+
+
+def _all_names(model: nn.Module, classes: list[str]) -> list[str]:
+    """A name for each output of a classifier's head: those without a class have their numbers."""
+    return [*classes, *map(str, range(len(classes), len(model.head.weight)))]
 
 
 def _size(blocks: nn.ModuleList) -> dict[str, int]:
