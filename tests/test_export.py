@@ -11,7 +11,7 @@ import main_export
 import main_visualize
 import models_mae
 import models_vit
-from util import data, decoding, exporting, features
+from util import data, decoding, exporting, features, model_card
 from util.checkpoint import load_checkpoint, save_safetensors
 from util.pixels import RGB, PixelFormat
 
@@ -413,6 +413,37 @@ def test_the_card_says_what_the_checkpoint_says(tmp_path, pretrain, pretrain_fla
     assert f"torch {torch.__version__}" in body
     assert str(tmp_path) not in card
     assert str(pretrain_flags["data_path"]) not in card
+
+
+@pytest.mark.parametrize(
+    ("path", "name"),
+    [
+        ("https://me:pw@host.org/a/x.pth?X-Amz-Signature=SECRET/1#there", "x.pth"),
+        ("https://host.org/a/x.pth;token=SECRET", "x.pth"),
+        ("https://host.org/folder/?next=https://other.org/y", "folder"),
+        ("https://me:pw@host.org", ""),
+        ("https://me:p?w@host.org/x.pth", ""),
+        ("s3://bucket/x.pth", "x.pth"),
+        ("/home/me/photos/", "photos"),
+        ("0.5", "0.5"),
+    ],
+)
+def test_the_last_name_of_a_path_or_address(path, name):
+    assert model_card.last_name(path) == name
+
+
+def test_no_secret_of_an_address_is_exported(tmp_path):
+    secrets = ["me", "pw", "host.org", "SECRET"]
+    address = "https://{}:{}@{}/a/x.pth?X-Amz-Signature={}".format(*secrets)
+    path, model = save_pretraining(tmp_path, init=address)
+    export({"checkpoint": path, "format": "transformers", "output": tmp_path / "out"})
+    args = {"model": "tiny_test_model", "init": address}
+    encoder = exporting.save_encoder(tmp_path, model, {"args": args, "training": args})
+    for file in (*(tmp_path / "out").iterdir(), encoder):
+        content = file.read_bytes()
+        assert not any(secret.encode() in content for secret in ("me:pw", *secrets[1:]))
+    assert "--init x.pth" in (tmp_path / "out" / "README.md").read_text()
+    assert load_checkpoint(encoder)["args"]["init"] == "x.pth"
 
 
 # ---- files that hold only weights

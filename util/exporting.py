@@ -1,7 +1,6 @@
 """A model in the files of another library: timm, transformers, or .safetensors for this project."""
 
 import json
-import os
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -13,6 +12,7 @@ from torch import Tensor, nn
 from util.checkpoint import save_safetensors, write_whole
 from util.conversion import to_transformers
 from util.errors import UserError, warn
+from util.model_card import last_name
 from util.pixels import PixelFormat
 
 FORMATS = ("timm", "transformers", "safetensors")
@@ -517,15 +517,14 @@ def _size(blocks: nn.ModuleList) -> dict[str, int]:
 
 
 def shareable(about: dict[str, Any]) -> dict[str, Any]:
-    """What is said beside weights, for files that are shared: paths are cut to their last name."""
+    """What is said beside weights, for shared files: of paths and addresses the last name only."""
 
     def cut(value: Any) -> Any:
         if isinstance(value, dict):
             return {name: cut(inner) for name, inner in value.items()}
         if isinstance(value, (list, tuple)):
             return [cut(inner) for inner in value]
-        is_path = isinstance(value, str) and "/" in value and "://" not in value
-        return os.path.basename(value.rstrip("/")) if is_path else value
+        return last_name(value) if isinstance(value, str) and "/" in value else value
 
     return {name: value if name == "classes" else cut(value) for name, value in about.items()}
 
