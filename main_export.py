@@ -53,7 +53,8 @@ def get_args_parser():
         "--finetune",
         type=cli.path,
         metavar="CKPT",
-        help="the encoder of a linear probe; if not given, the file that was probed",
+        help="the encoder of a linear probe; if not given, the file that was probed, but no "
+        "https:// address",
     )
     flags.add_pixel_flags(parser)
     flags.add_unsaid_flags(parser)
@@ -173,13 +174,20 @@ def unite_probe(contents, path, finetune):
         )
     saved = contents["args"]
     origin = finetune or saved["finetune"]
+    if not finetune and "://" in str(origin):
+        raise UserError(
+            f"{path} is a linear probe's head, of the encoder at {origin}, which is not downloaded "
+            "unasked: give the encoder by --finetune, this address or a file"
+        )
+    print(f"{path} is a linear probe's head: its encoder is read from {origin}")
     try:
         start = load_checkpoint(origin)
     except UserError as error:
         raise UserError(
             f"{path} is a linear probe's head: {error}; give its encoder by --finetune"
         ) from error
-    model = models_vit.build_saved(saved, saved["in_chans"])
+    # Version 0.1 knew only three bands.
+    model = models_vit.build_saved(saved, saved.get("in_chans", pixels.RGB.in_chans))
     encoder = pretrained.start_from(model, origin, start)
     if encoder != contents["training"]["encoder"]:
         raise UserError(f"{path} is a probe of a different encoder than {origin}")

@@ -322,10 +322,14 @@ def test_an_exported_classifier_is_evaluated_as_the_checkpoint(tmp_path, finetun
 # ---- a linear probe
 
 
-def test_a_probe_is_exported_with_its_encoder(tmp_path, linprobe, classify_flags, user_error):
+def test_a_probe_is_exported_with_its_encoder(
+    tmp_path, linprobe, classify_flags, user_error, capsys
+):
     linprobe(classify_flags | {"epochs": 1})
     probe = classify_flags["output_dir"] / "checkpoint-best.pth"
     export({"checkpoint": probe, "format": "timm", "output": tmp_path / "exported"})
+    said = f"its encoder is read from {classify_flags['finetune']}\n"
+    assert said in capsys.readouterr().out
 
     contents = load_checkpoint(probe)
     model = models_vit.build_saved(contents["args"], 3)
@@ -345,6 +349,20 @@ def test_a_probe_is_exported_with_its_encoder(tmp_path, linprobe, classify_flags
     other, _ = save_pretraining(tmp_path)
     message = user_error(lambda: export(flags | {"finetune": other}))
     assert "is a probe of a different encoder than" in message
+
+    for name in RGB.stored():  # version 0.1 had no pixel formats
+        del contents["args"][name]
+    contents["args"]["finetune"] = "https://example.invalid/x.pth"
+    old = tmp_path / "old.pth"
+    torch.save(contents, old)
+    flags["checkpoint"] = old
+    message = user_error(lambda: export(flags))
+    assert "the encoder at https://example.invalid/x.pth, which is not downloaded" in message
+    assert "--finetune" in message
+    export(flags | {"finetune": classify_flags["finetune"]})
+    weights = [tmp_path / name / "model.safetensors" for name in ("exported", "other")]
+    found, expected = (load_checkpoint(file)["model"] for file in weights)
+    assert all(torch.equal(found[key], expected[key]) for key in expected)
 
 
 def test_folding_a_batch_norm_by_hand():
