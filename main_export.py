@@ -10,6 +10,7 @@ Writes a folder with the weights, the library's settings, and a README.md that s
 is, what to feed it and how to load it. The folder can be pushed to a model hub as it is.
 """
 
+import sys
 from pathlib import Path
 
 import util.threads  # noqa: F401  before torch, whose threads it sets
@@ -19,7 +20,7 @@ import models_mae
 import models_vit
 from util import cli, exporting, flags, model_card, pixels, pretrained
 from util.checkpoint import load_checkpoint
-from util.errors import UserError
+from util.errors import UserError, say
 
 
 def get_args_parser():
@@ -124,15 +125,15 @@ def main(args):
 
     # ---- what there is now
     parameters = sum(weight.numel() for weight in weights.values())
-    print(
+    tell(
         f"{output}: {part} of {args.checkpoint}, {config['model']}, {parameters / 1e6:.1f} M "
         f"parameters, for {args.format}"
     )
     for remark in folder.remarks:
-        print(remark.replace("`", ""))
+        tell(remark.replace("`", ""))
     mean, std = (" ".join(f"{v:.6g}" for v in vs) for vs in (pixel_format.mean, pixel_format.std))
-    print(f"its input is on the scale from 0 to 1, less the mean {mean}, over the std {std}")
-    print(f"to load it: {folder.load}")
+    tell(f"its input is on the scale from 0 to 1, less the mean {mean}, over the std {std}")
+    tell(f"to load it: {folder.load}")
 
 
 # Not of an autoencoder: a pipeline for features would mask its images.
@@ -179,7 +180,7 @@ def unite_probe(contents, path, finetune):
             f"{path} is a linear probe's head, of the encoder at {origin}, which is not downloaded "
             "unasked: give the encoder by --finetune, this address or a file"
         )
-    print(f"{path} is a linear probe's head: its encoder is read from {origin}")
+    tell(f"{path} is a linear probe's head: its encoder is read from {origin}")
     try:
         start = load_checkpoint(origin)
     except UserError as error:
@@ -193,6 +194,12 @@ def unite_probe(contents, path, finetune):
         raise UserError(f"{path} is a probe of a different encoder than {origin}")
     weights = model.state_dict() | exporting.fold_probe(contents["model"])
     return {**contents, "model": weights}
+
+
+def tell(line):
+    """A line on stdout; a file's name can hold any bytes."""
+    encoding = sys.stdout.encoding or "utf-8"
+    say(line.encode(encoding, "backslashreplace").decode(encoding), sys.stdout)
 
 
 def what(part, model):

@@ -1,6 +1,10 @@
 """main_export: timm and transformers compute what the checkpoint's model does, from its folder."""
 
+import errno
 import json
+import os
+import sys
+from pathlib import Path
 
 import pytest
 import timm
@@ -547,6 +551,7 @@ def test_the_output_must_be_new(tmp_path, user_error, monkeypatch):
     (tmp_path / "empty").mkdir()
     export(flags | {"output": tmp_path / "empty"})
     assert (tmp_path / "empty" / "README.md").exists()
+    assert not (tmp_path / ".empty.tmp").exists()
 
     def full_disk(path, content):
         raise OSError("no space left")
@@ -556,3 +561,57 @@ def test_the_output_must_be_new(tmp_path, user_error, monkeypatch):
     message = user_error(lambda: export(flags | {"output": tmp_path / "out"}))
     assert message.endswith("out can't be written: no space left")
     assert sorted(tmp_path.iterdir()) == before
+
+    def interrupt(path, content):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(exporting, "write_whole", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        export(flags | {"output": tmp_path / "out"})
+    assert sorted(tmp_path.iterdir()) == before
+
+
+@pytest.mark.parametrize("number", [errno.EBUSY, errno.EXDEV])
+def test_a_mounted_volume_is_filled(tmp_path, user_error, monkeypatch, number):
+    path, _ = save_pretraining(tmp_path)
+    output = tmp_path / "out"
+    output.mkdir()
+    flags = {"checkpoint": path, "format": "transformers", "output": output}
+
+    def refuse(self, target):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(Path, "rename", refuse)
+    written, write_whole = [], exporting.write_whole
+
+    def note(file, content):
+        if file.parent == output:
+            if file.name == full_at:
+                raise OSError("no space left")
+            written.append(file.name)
+        write_whole(file, content)
+
+    monkeypatch.setattr(exporting, "write_whole", note)
+    before, full_at = sorted(tmp_path.iterdir()), "model.safetensors"
+    message = user_error(lambda: export(flags))
+    assert message.endswith("out can't be written: no space left")
+    assert sorted(tmp_path.iterdir()) == before
+    assert not list(output.iterdir())
+
+    written, full_at = [], None
+    export(flags)
+    files = ["README.md", "preprocessor_config.json", "config.json", "model.safetensors"]
+    assert written == files
+    assert sorted(file.name for file in output.iterdir()) == sorted(files)
+    assert sorted(tmp_path.iterdir()) == before
+    assert load_checkpoint(output / "model.safetensors")["command"] == "main_pretrain.py"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other file systems refuse such names")
+def test_a_name_that_is_not_utf_8(tmp_path, capsys):
+    path, _ = save_pretraining(tmp_path)
+    output = tmp_path / os.fsdecode(b"out\xff")
+    export({"checkpoint": path, "format": "timm", "output": output})
+    assert "out\\udcff: encoder of" in capsys.readouterr().out
+    assert "local-dir:out\\udcff" in (output / "README.md").read_text()
+    assert sorted(tmp_path.iterdir()) == sorted([path, output])

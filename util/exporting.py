@@ -580,8 +580,27 @@ def write_folder(output: Path, folder: Folder, about: dict[str, Any], card: str)
         save_safetensors(temporary / WEIGHTS, folder.weights, shareable(about))
         for name, values in folder.settings.items():
             write_whole(temporary / name, (json.dumps(values, indent=2) + "\n").encode())
-        write_whole(temporary / "README.md", card.encode())
-        temporary.rename(output)
+        # The output's name, which can hold any bytes, is in it.
+        write_whole(temporary / "README.md", card.encode(errors="backslashreplace"))
+        try:
+            temporary.rename(output)
+        except OSError:
+            if not output.is_dir() or any(output.iterdir()):
+                raise
+            _fill(output, temporary)  # a mounted volume, which can't be replaced
     except OSError as error:
-        shutil.rmtree(temporary, ignore_errors=True)
         raise UserError(f"--output {output} can't be written: {error}") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _fill(output: Path, temporary: Path) -> None:
+    """Copy an exported folder's files into an empty one, all or none, what loads it at the end."""
+    names = sorted(path.name for path in temporary.iterdir())
+    try:
+        for name in sorted(names, key=["config.json", WEIGHTS].count):
+            write_whole(output / name, (temporary / name).read_bytes())
+    except BaseException:
+        for name in names:
+            (output / name).unlink(missing_ok=True)
+        raise
