@@ -78,10 +78,16 @@ def main(args):
     part = exporting.choose_part(holds, args.part, args.format, args.checkpoint)
     if args.global_pool and (part, args.format) != ("encoder", "timm"):
         raise UserError("--global_pool is for an encoder in timm's format: leave it out")
+    if args.norm_pix_loss is not None and part != "autoencoder":
+        flag = "--norm_pix_loss" if args.norm_pix_loss else "--no_norm_pix_loss"
+        article = "an" if part == "encoder" else "a"
+        raise UserError(f"{flag} is for an autoencoder, not for {article} {part}: leave it out")
 
     # ---- model
     pixel_format = pixels.resolve(vars(args), contents, args.checkpoint)
-    given = {name: getattr(args, name) for name in ("model", "input_size", "norm_pix_loss")}
+    given = {"model": args.model, "input_size": args.input_size}
+    if part == "autoencoder":
+        given["norm_pix_loss"] = args.norm_pix_loss
     config = describe(contents, given, part, args.checkpoint)
     model = build_model(config, part, pixel_format.in_chans)
     weights = exporting.take_part(model, contents["model"], part, args.checkpoint)
@@ -148,8 +154,6 @@ SAID = ("command", "classes", "epoch", "step", "totals", "training", "versions")
 def describe(contents, given, part, path):
     """The flags that define a checkpoint's model: its own, or else those that are given."""
     saved, weights = contents.get("args") or {}, contents["model"]
-    if part != "autoencoder":
-        del given["norm_pix_loss"]
     config = pretrained.settle(path, saved, **given)
     config |= {name: saved[name] for name in models_mae.DECODER_SIZES if saved.get(name)}
     if part == "classifier":

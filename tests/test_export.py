@@ -508,6 +508,8 @@ def test_a_bare_classifier_says_its_pooling_and_classes(tmp_path):
     [
         ("classifier", {"part": "autoencoder"}, "is a classifier, which is exported whole"),
         ("classifier", {"global_pool": "avg"}, "--global_pool is for an encoder in timm's format"),
+        ("classifier", {"norm_pix_loss": True}, "for an autoencoder, not for a classifier: leave"),
+        ("pretraining", {"no_norm_pix_loss": True}, "--no_norm_pix_loss is for an autoencoder"),
         ("pretraining", {"part": "autoencoder"}, "timm has no masked autoencoder"),
         ("pretraining", {"finetune": "x"}, "--finetune is for a linear probe"),
         ("pretraining", {"model": "mae_vit_nano_patch4"}, "says model tiny_test_model: leave out"),
