@@ -389,8 +389,8 @@ def transformers_config(
     else:
         config |= {"qkv_bias": True, "encoder_stride": patch}
     if classes is not None:
-        names = [f"LABEL_{index}" for index in range(len(model.head.weight))]
-        names = _all_names(model, classes) if classes else names
+        unknown = [f"LABEL_{index}" for index in range(len(model.head.weight))]
+        names = _all_names(model, classes) if classes else unknown
         config["id2label"] = {str(index): name for index, name in enumerate(names)}
         config["label2id"] = {name: index for index, name in enumerate(names)}
     return config
@@ -603,4 +603,5 @@ def _fill(output: Path, temporary: Path) -> None:
     except BaseException:
         for name in names:
             (output / name).unlink(missing_ok=True)
+            (output / f".{name}.tmp").unlink(missing_ok=True)  # an interrupt leaves it
         raise
