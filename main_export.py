@@ -10,6 +10,7 @@ Writes a folder with the weights, the library's settings, and a README.md that s
 is, what to feed it and how to load it. The folder can be pushed to a model hub as it is.
 """
 
+import sys
 from pathlib import Path
 
 import util.threads  # noqa: F401  before torch, whose threads it sets
@@ -19,7 +20,7 @@ import models_mae
 import models_vit
 from util import cli, exporting, flags, model_card, pixels, pretrained
 from util.checkpoint import load_checkpoint
-from util.errors import UserError
+from util.errors import UserError, say
 
 
 def get_args_parser():
@@ -53,7 +54,8 @@ def get_args_parser():
         "--finetune",
         type=cli.path,
         metavar="CKPT",
-        help="the encoder of a linear probe; if not given, the file that was probed",
+        help="the encoder of a linear probe; if not given, the file that was probed, but no "
+        "https:// address",
     )
     flags.add_pixel_flags(parser)
     flags.add_unsaid_flags(parser)
@@ -76,10 +78,16 @@ def main(args):
     part = exporting.choose_part(holds, args.part, args.format, args.checkpoint)
     if args.global_pool and (part, args.format) != ("encoder", "timm"):
         raise UserError("--global_pool is for an encoder in timm's format: leave it out")
+    if args.norm_pix_loss is not None and part != "autoencoder":
+        flag = "--norm_pix_loss" if args.norm_pix_loss else "--no_norm_pix_loss"
+        article = "an" if part == "encoder" else "a"
+        raise UserError(f"{flag} is for an autoencoder, not for {article} {part}: leave it out")
 
     # ---- model
     pixel_format = pixels.resolve(vars(args), contents, args.checkpoint)
-    given = {name: getattr(args, name) for name in ("model", "input_size", "norm_pix_loss")}
+    given = {"model": args.model, "input_size": args.input_size}
+    if part == "autoencoder":
+        given["norm_pix_loss"] = args.norm_pix_loss
     config = describe(contents, given, part, args.checkpoint)
     model = build_model(config, part, pixel_format.in_chans)
     weights = exporting.take_part(model, contents["model"], part, args.checkpoint)
@@ -123,15 +131,15 @@ def main(args):
 
     # ---- what there is now
     parameters = sum(weight.numel() for weight in weights.values())
-    print(
+    tell(
         f"{output}: {part} of {args.checkpoint}, {config['model']}, {parameters / 1e6:.1f} M "
         f"parameters, for {args.format}"
     )
     for remark in folder.remarks:
-        print(remark.replace("`", ""))
+        tell(remark.replace("`", ""))
     mean, std = (" ".join(f"{v:.6g}" for v in vs) for vs in (pixel_format.mean, pixel_format.std))
-    print(f"its input is on the scale from 0 to 1, less the mean {mean}, over the std {std}")
-    print(f"to load it: {folder.load}")
+    tell(f"its input is on the scale from 0 to 1, less the mean {mean}, over the std {std}")
+    tell(f"to load it: {folder.load}")
 
 
 # Not of an autoencoder: a pipeline for features would mask its images.
@@ -146,8 +154,6 @@ SAID = ("command", "classes", "epoch", "step", "totals", "training", "versions")
 def describe(contents, given, part, path):
     """The flags that define a checkpoint's model: its own, or else those that are given."""
     saved, weights = contents.get("args") or {}, contents["model"]
-    if part != "autoencoder":
-        del given["norm_pix_loss"]
     config = pretrained.settle(path, saved, **given)
     config |= {name: saved[name] for name in models_mae.DECODER_SIZES if saved.get(name)}
     if part == "classifier":
@@ -173,18 +179,31 @@ def unite_probe(contents, path, finetune):
         )
     saved = contents["args"]
     origin = finetune or saved["finetune"]
+    if not finetune and "://" in str(origin):
+        raise UserError(
+            f"{path} is a linear probe's head, of the encoder at {origin}, which is not downloaded "
+            "unasked: give the encoder by --finetune, this address or a file"
+        )
+    tell(f"{path} is a linear probe's head: its encoder is read from {origin}")
     try:
         start = load_checkpoint(origin)
     except UserError as error:
         raise UserError(
             f"{path} is a linear probe's head: {error}; give its encoder by --finetune"
         ) from error
-    model = models_vit.build_saved(saved, saved["in_chans"])
+    # Version 0.1 knew only three bands.
+    model = models_vit.build_saved(saved, saved.get("in_chans", pixels.RGB.in_chans))
     encoder = pretrained.start_from(model, origin, start)
     if encoder != contents["training"]["encoder"]:
         raise UserError(f"{path} is a probe of a different encoder than {origin}")
     weights = model.state_dict() | exporting.fold_probe(contents["model"])
     return {**contents, "model": weights}
+
+
+def tell(line):
+    """A line on stdout; a file's name can hold any bytes."""
+    encoding = sys.stdout.encoding or "utf-8"
+    say(line.encode(encoding, "backslashreplace").decode(encoding), sys.stdout)
 
 
 def what(part, model):

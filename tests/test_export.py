@@ -1,6 +1,10 @@
 """main_export: timm and transformers compute what the checkpoint's model does, from its folder."""
 
+import errno
 import json
+import os
+import sys
+from pathlib import Path
 
 import pytest
 import timm
@@ -11,7 +15,7 @@ import main_export
 import main_visualize
 import models_mae
 import models_vit
-from util import data, decoding, exporting, features
+from util import data, decoding, exporting, features, model_card
 from util.checkpoint import load_checkpoint, save_safetensors
 from util.pixels import RGB, PixelFormat
 
@@ -210,6 +214,18 @@ def test_transformers_gives_the_logits_of_a_classifier(tmp_path, global_pool, si
     assert loaded.config.label2id["c"] == 2
 
 
+def test_outputs_without_a_class_are_named_by_their_numbers(tmp_path):
+    path, _ = save_classifier(tmp_path, classes=["a", "b"])
+    flags = {"checkpoint": path, "format": "timm"}
+    export(flags | {"output": tmp_path / "timm"})
+    config = json.loads((tmp_path / "timm" / "config.json").read_text())
+    assert config["label_names"] == ["a", "b", "2"]
+    export(flags | {"format": "transformers", "output": tmp_path / "out"})
+    loaded, wrong = load_transformers("AutoModelForImageClassification", tmp_path / "out")
+    assert not wrong
+    assert loaded.config.id2label == {0: "a", 1: "b", 2: "2"}
+
+
 # ---- preprocessing
 
 
@@ -310,10 +326,14 @@ def test_an_exported_classifier_is_evaluated_as_the_checkpoint(tmp_path, finetun
 # ---- a linear probe
 
 
-def test_a_probe_is_exported_with_its_encoder(tmp_path, linprobe, classify_flags, user_error):
+def test_a_probe_is_exported_with_its_encoder(
+    tmp_path, linprobe, classify_flags, user_error, capsys
+):
     linprobe(classify_flags | {"epochs": 1})
     probe = classify_flags["output_dir"] / "checkpoint-best.pth"
     export({"checkpoint": probe, "format": "timm", "output": tmp_path / "exported"})
+    said = f"its encoder is read from {classify_flags['finetune']}\n"
+    assert said in capsys.readouterr().out
 
     contents = load_checkpoint(probe)
     model = models_vit.build_saved(contents["args"], 3)
@@ -333,6 +353,20 @@ def test_a_probe_is_exported_with_its_encoder(tmp_path, linprobe, classify_flags
     other, _ = save_pretraining(tmp_path)
     message = user_error(lambda: export(flags | {"finetune": other}))
     assert "is a probe of a different encoder than" in message
+
+    for name in RGB.stored():  # version 0.1 had no pixel formats
+        del contents["args"][name]
+    contents["args"]["finetune"] = "https://example.invalid/x.pth"
+    old = tmp_path / "old.pth"
+    torch.save(contents, old)
+    flags["checkpoint"] = old
+    message = user_error(lambda: export(flags))
+    assert "the encoder at https://example.invalid/x.pth, which is not downloaded" in message
+    assert "--finetune" in message
+    export(flags | {"finetune": classify_flags["finetune"]})
+    weights = [tmp_path / name / "model.safetensors" for name in ("exported", "other")]
+    found, expected = (load_checkpoint(file)["model"] for file in weights)
+    assert all(torch.equal(found[key], expected[key]) for key in expected)
 
 
 def test_folding_a_batch_norm_by_hand():
@@ -403,6 +437,37 @@ def test_the_card_says_what_the_checkpoint_says(tmp_path, pretrain, pretrain_fla
     assert str(pretrain_flags["data_path"]) not in card
 
 
+@pytest.mark.parametrize(
+    ("path", "name"),
+    [
+        ("https://me:pw@host.org/a/x.pth?X-Amz-Signature=SECRET/1#there", "x.pth"),
+        ("https://host.org/a/x.pth;token=SECRET", "x.pth"),
+        ("https://host.org/folder/?next=https://other.org/y", "folder"),
+        ("https://me:pw@host.org", ""),
+        ("https://me:p?w@host.org/x.pth", ""),
+        ("s3://bucket/x.pth", "x.pth"),
+        ("/home/me/photos/", "photos"),
+        ("0.5", "0.5"),
+    ],
+)
+def test_the_last_name_of_a_path_or_address(path, name):
+    assert model_card.last_name(path) == name
+
+
+def test_no_secret_of_an_address_is_exported(tmp_path):
+    secrets = ["me", "pw", "host.org", "SECRET"]
+    address = "https://{}:{}@{}/a/x.pth?X-Amz-Signature={}".format(*secrets)
+    path, model = save_pretraining(tmp_path, init=address)
+    export({"checkpoint": path, "format": "transformers", "output": tmp_path / "out"})
+    args = {"model": "tiny_test_model", "init": address}
+    encoder = exporting.save_encoder(tmp_path, model, {"args": args, "training": args})
+    for file in (*(tmp_path / "out").iterdir(), encoder):
+        content = file.read_bytes()
+        assert not any(secret.encode() in content for secret in ("me:pw", *secrets[1:]))
+    assert "--init x.pth" in (tmp_path / "out" / "README.md").read_text()
+    assert load_checkpoint(encoder)["args"]["init"] == "x.pth"
+
+
 # ---- files that hold only weights
 
 
@@ -443,6 +508,8 @@ def test_a_bare_classifier_says_its_pooling_and_classes(tmp_path):
     [
         ("classifier", {"part": "autoencoder"}, "is a classifier, which is exported whole"),
         ("classifier", {"global_pool": "avg"}, "--global_pool is for an encoder in timm's format"),
+        ("classifier", {"norm_pix_loss": True}, "for an autoencoder, not for a classifier: leave"),
+        ("pretraining", {"no_norm_pix_loss": True}, "--no_norm_pix_loss is for an autoencoder"),
         ("pretraining", {"part": "autoencoder"}, "timm has no masked autoencoder"),
         ("pretraining", {"finetune": "x"}, "--finetune is for a linear probe"),
         ("pretraining", {"model": "mae_vit_nano_patch4"}, "says model tiny_test_model: leave out"),
@@ -486,6 +553,7 @@ def test_the_output_must_be_new(tmp_path, user_error, monkeypatch):
     (tmp_path / "empty").mkdir()
     export(flags | {"output": tmp_path / "empty"})
     assert (tmp_path / "empty" / "README.md").exists()
+    assert not (tmp_path / ".empty.tmp").exists()
 
     def full_disk(path, content):
         raise OSError("no space left")
@@ -495,3 +563,57 @@ def test_the_output_must_be_new(tmp_path, user_error, monkeypatch):
     message = user_error(lambda: export(flags | {"output": tmp_path / "out"}))
     assert message.endswith("out can't be written: no space left")
     assert sorted(tmp_path.iterdir()) == before
+
+    def interrupt(path, content):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(exporting, "write_whole", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        export(flags | {"output": tmp_path / "out"})
+    assert sorted(tmp_path.iterdir()) == before
+
+
+@pytest.mark.parametrize("number", [errno.EBUSY, errno.EXDEV])
+def test_a_mounted_volume_is_filled(tmp_path, user_error, monkeypatch, number):
+    path, _ = save_pretraining(tmp_path)
+    output = tmp_path / "out"
+    output.mkdir()
+    flags = {"checkpoint": path, "format": "transformers", "output": output}
+
+    def refuse(self, target):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(Path, "rename", refuse)
+    written, write_whole = [], exporting.write_whole
+
+    def note(file, content):
+        if file.parent == output:
+            if file.name == full_at:
+                raise OSError("no space left")
+            written.append(file.name)
+        write_whole(file, content)
+
+    monkeypatch.setattr(exporting, "write_whole", note)
+    before, full_at = sorted(tmp_path.iterdir()), "model.safetensors"
+    message = user_error(lambda: export(flags))
+    assert message.endswith("out can't be written: no space left")
+    assert sorted(tmp_path.iterdir()) == before
+    assert not list(output.iterdir())
+
+    written, full_at = [], None
+    export(flags)
+    files = ["README.md", "preprocessor_config.json", "config.json", "model.safetensors"]
+    assert written == files
+    assert sorted(file.name for file in output.iterdir()) == sorted(files)
+    assert sorted(tmp_path.iterdir()) == before
+    assert load_checkpoint(output / "model.safetensors")["command"] == "main_pretrain.py"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other file systems refuse such names")
+def test_a_name_that_is_not_utf_8(tmp_path, capsys):
+    path, _ = save_pretraining(tmp_path)
+    output = tmp_path / os.fsdecode(b"out\xff")
+    export({"checkpoint": path, "format": "timm", "output": output})
+    assert "out\\udcff: encoder of" in capsys.readouterr().out
+    assert "local-dir:out\\udcff" in (output / "README.md").read_text()
+    assert sorted(tmp_path.iterdir()) == sorted([path, output])

@@ -1,7 +1,6 @@
 """A model in the files of another library: timm, transformers, or .safetensors for this project."""
 
 import json
-import os
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -13,6 +12,7 @@ from torch import Tensor, nn
 from util.checkpoint import save_safetensors, write_whole
 from util.conversion import to_transformers
 from util.errors import UserError, warn
+from util.model_card import last_name
 from util.pixels import PixelFormat
 
 FORMATS = ("timm", "transformers", "safetensors")
@@ -189,7 +189,8 @@ def timm_config(
     Args:
         model: the encoder or the classifier; its sizes are read.
         global_pool: "avg" or "token".
-        classes: names of a classifier's classes; [] if they are unknown; None for an encoder.
+        classes: names of a classifier's first classes, the rest are named by their numbers; [] if
+            they are unknown; None for an encoder.
         pixels: what the model sees of a file.
     """
     (height, width), (patch, _) = model.patch_embed.img_size, model.patch_embed.patch_size
@@ -213,7 +214,7 @@ def timm_config(
         "num_features": size["width"],
         "global_pool": global_pool,
         "model_args": model_args,
-        **({"label_names": classes} if classes else {}),
+        **({"label_names": _all_names(model, classes)} if classes else {}),
         "pretrained_cfg": {
             "tag": "mae",
             "custom_load": False,
@@ -388,7 +389,8 @@ def transformers_config(
     else:
         config |= {"qkv_bias": True, "encoder_stride": patch}
     if classes is not None:
-        names = classes or [f"LABEL_{index}" for index in range(len(model.head.weight))]
+        unknown = [f"LABEL_{index}" for index in range(len(model.head.weight))]
+        names = _all_names(model, classes) if classes else unknown
         config["id2label"] = {str(index): name for index, name in enumerate(names)}
         config["label2id"] = {name: index for index, name in enumerate(names)}
     return config
@@ -499,6 +501,11 @@ def for_safetensors(output: Path, weights: dict[str, Tensor], part: str) -> Fold
 # ---- files
 
 
+def _all_names(model: nn.Module, classes: list[str]) -> list[str]:
+    """A name for each output of a classifier's head: those without a class have their numbers."""
+    return [*classes, *map(str, range(len(classes), len(model.head.weight)))]
+
+
 def _size(blocks: nn.ModuleList) -> dict[str, int]:
     block = blocks[0]
     return {
@@ -510,15 +517,14 @@ def _size(blocks: nn.ModuleList) -> dict[str, int]:
 
 
 def shareable(about: dict[str, Any]) -> dict[str, Any]:
-    """What is said beside weights, for files that are shared: paths are cut to their last name."""
+    """What is said beside weights, for shared files: of paths and addresses the last name only."""
 
     def cut(value: Any) -> Any:
         if isinstance(value, dict):
             return {name: cut(inner) for name, inner in value.items()}
         if isinstance(value, (list, tuple)):
             return [cut(inner) for inner in value]
-        is_path = isinstance(value, str) and "/" in value and "://" not in value
-        return os.path.basename(value.rstrip("/")) if is_path else value
+        return last_name(value) if isinstance(value, str) and "/" in value else value
 
     return {name: value if name == "classes" else cut(value) for name, value in about.items()}
 
@@ -574,8 +580,28 @@ def write_folder(output: Path, folder: Folder, about: dict[str, Any], card: str)
         save_safetensors(temporary / WEIGHTS, folder.weights, shareable(about))
         for name, values in folder.settings.items():
             write_whole(temporary / name, (json.dumps(values, indent=2) + "\n").encode())
-        write_whole(temporary / "README.md", card.encode())
-        temporary.rename(output)
+        # The output's name, which can hold any bytes, is in it.
+        write_whole(temporary / "README.md", card.encode(errors="backslashreplace"))
+        try:
+            temporary.rename(output)
+        except OSError:
+            if not output.is_dir() or any(output.iterdir()):
+                raise
+            _fill(output, temporary)  # a mounted volume, which can't be replaced
     except OSError as error:
-        shutil.rmtree(temporary, ignore_errors=True)
         raise UserError(f"--output {output} can't be written: {error}") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _fill(output: Path, temporary: Path) -> None:
+    """Copy an exported folder's files into an empty one, all or none, what loads it at the end."""
+    names = sorted(path.name for path in temporary.iterdir())
+    try:
+        for name in sorted(names, key=["config.json", WEIGHTS].count):
+            write_whole(output / name, (temporary / name).read_bytes())
+    except BaseException:
+        for name in names:
+            (output / name).unlink(missing_ok=True)
+            (output / f".{name}.tmp").unlink(missing_ok=True)  # an interrupt leaves it
+        raise

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -131,7 +132,7 @@ def recipe_lines(contents: Mapping[str, Any]) -> list[str]:
     if "command" in contents:
         lines.append(f"Command: `{contents['command']}` of the project that made this file.")
     if saved.get("data_path"):
-        folder = os.path.basename(str(saved["data_path"]).rstrip("/"))
+        folder = last_name(str(saved["data_path"]))
         images = f", {training['images']} images" if "images" in training else ""
         lines.append(f"Data: a folder named `{folder}`{images}.")
     if isinstance(contents.get("epoch"), int):
@@ -162,8 +163,16 @@ def _flag(name: str, value: Any) -> str:
     if value is True:
         return f"--{name}"
     values = value if isinstance(value, (list, tuple)) else [value]
-    words = (os.path.basename(v) if isinstance(v, str) and "://" not in v else v for v in values)
-    return " ".join([f"--{name}", *map(str, words)])
+    words = (last_name(v) if isinstance(v, str) else str(v) for v in values)
+    return " ".join([f"--{name}", *words])
+
+
+def last_name(path: str) -> str:
+    """The last name of a path, or of an address, whose user, host and query may be secret."""
+    if "://" in path:
+        place = re.split("[?#;]", path.split("://", 1)[1])[0]
+        path = place.partition("/")[2]
+    return os.path.basename(path.rstrip("/"))
 
 
 def logged_figures(checkpoint: str, contents: Mapping[str, Any]) -> dict[str, float]:
