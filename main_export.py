@@ -148,7 +148,10 @@ TASKS = {
     "encoder": "image-feature-extraction",
     "autoencoder": None,
 }
-SAID = ("command", "classes", "epoch", "step", "totals", "training", "versions")  # beside weights
+SAID = (  # beside weights
+    *("command", "classes", "epoch", "step", "totals", "training", "versions"),
+    "accepted_changes",
+)
 
 
 def describe(contents, given, part, path):

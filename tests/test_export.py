@@ -436,6 +436,11 @@ def test_the_card_says_what_the_checkpoint_says(tmp_path, pretrain, pretrain_fla
     assert str(tmp_path) not in card
     assert str(pretrain_flags["data_path"]) not in card
 
+    pretrain(pretrain_flags | {"epochs": 3, "lr": 0.02, "accept_changes": True})
+    export(flags | {"output": tmp_path / "later"})
+    card = (tmp_path / "later" / "README.md").read_text()
+    assert "The flags are the last ones. At epoch 2, step 0: lr 0.01 -> 0.02.\n" in card
+
 
 @pytest.mark.parametrize(
     ("path", "name"),

@@ -487,9 +487,9 @@ def for_safetensors(output: Path, weights: dict[str, Tensor], part: str) -> Fold
     """
     path = output / WEIGHTS
     load = {
-        "autoencoder": f"python main_visualize.py --checkpoint {path}",
-        "encoder": f"python main_finetune.py --finetune {path}",
-        "classifier": f"python main_finetune.py --eval --resume {path}",
+        "autoencoder": f"python main_visualize.py --checkpoint {path} --data_path DIR",
+        "encoder": f"python main_embed.py --checkpoint {path} --data_path DIR --output FILE.npz",
+        "classifier": f"python main_embed.py --checkpoint {path} --data_path DIR --output FILE.npz",
     }[part]
     example = (
         "import safetensors.torch\n\n"

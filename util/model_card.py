@@ -19,6 +19,7 @@ NOT_THE_RECIPE = {
     *("data_path", "output_dir", "log_dir", "resume", "device", "num_workers", "decode"),
     *("pin_mem", "no_pin_mem", "compile", "log_every", "save_every", "save_minutes"),
     *("timeout_minutes", "max_pixels", "eval", "dist_eval", "grad_checkpointing"),
+    *("accept_changes", "predictions", "knn_every", "knn_k", "knn_images", "knn_layer"),
     *("image_names", "images", "processes", "dtype", "encoder"),
     *("world_size", "local_rank", "dist_on_itp", "dist_url", "distributed", "gpu", "rank"),
 }
@@ -153,6 +154,11 @@ def recipe_lines(contents: Mapping[str, Any]) -> list[str]:
     if flags:
         words = (_flag(name, value) for name, value in sorted(flags.items()))
         lines.append(f"Flags: `{' '.join(words)}`")
+    for change in contents.get("accepted_changes") or []:
+        name, before, after = (change[key] for key in ("name", "before", "after"))
+        if name != "image_names":  # a checksum
+            place = f"epoch {change['epoch']}, step {change['step']}"
+            lines.append(f"The flags are the last ones. At {place}: {name} {before} -> {after}.")
     if contents.get("versions"):
         versions = ", ".join(f"{name} {number}" for name, number in contents["versions"].items())
         lines.append(f"Versions: {versions}.")
