@@ -304,6 +304,7 @@ def build_encoder(contents, path, *, model, input_size, in_chans):
         known = ", ".join([*models_mae.MODELS, *models_vit.MODELS])
         raise UserError(f"unknown model {config['model']!r}: choose one of {known}")
     pretrained.load_encoder(encoder, weights, str(path), pretrained.saved_input_size(contents))
+    pretrained.check_heads(encoder, contents, path)
     return encoder, config
 
 

@@ -1,14 +1,18 @@
 """Pre-training from given weights: loaded to the bit, adapted or refused, and said."""
 
+import json
 import re
 
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 from helpers import command_line
 from reference_figures import FIGURES, reference_inputs, reference_mae
 from test_load_encoder import copy_of, resampled_by_hand, with_random_vectors
 
+import main_embed
+import main_export
 import main_pretrain
 import main_visualize
 import models_mae
@@ -16,6 +20,7 @@ import models_vit
 from models_mae import MaskedAutoencoderViT
 from util import cli
 from util.checkpoint import load_checkpoint
+from util.conversion import to_transformers
 from util.pos_embed import sincos_pos_embed_2d
 from util.pretrained import start_autoencoder_from
 
@@ -46,6 +51,16 @@ def refused(monkeypatch, capsys, flags, command=main_pretrain):
     *_, line = capsys.readouterr().err.splitlines()
     assert line.startswith("error: ")
     return line
+
+
+def of_transformers(folder, **config):
+    """A folder as transformers writes it, of the model in tiny_pretrain.py."""
+    folder.mkdir(exist_ok=True)
+    weights = to_transformers(autoencoder().state_dict())
+    safetensors.torch.save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    config = {"model_type": "vit_mae", "image_size": 8, "num_attention_heads": 4, **config}
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
 
 
 # ---- the command
@@ -290,6 +305,27 @@ def test_an_encoder_of_another_size_is_refused(config, message, tmp_path, user_e
     before = copy_of(model.state_dict())
     assert message in user_error(lambda: start(model, path))
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("command", "flags"),
+    [
+        (main_embed, {"data_path": "images", "output": "features.npz"}),
+        (main_visualize, {"data_path": "images", "output": "recon.png", "norm_pix_loss": True}),
+        (main_export, {"format": "timm", "output": "exported"}),
+    ],
+    ids=lambda value: getattr(value, "__name__", ""),
+)
+def test_no_command_takes_an_encoder_of_other_heads(
+    command, flags, image_folder, tmp_path, monkeypatch, capsys
+):
+    """No shape shows them, and features would be wrong without a word."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "images").symlink_to(image_folder)
+    folder = of_transformers(tmp_path / "folder", num_attention_heads=2)
+    flags = {"checkpoint": folder, "model": "tiny_test_model", **flags}
+    line = refused(monkeypatch, capsys, flags, command)
+    assert f"{folder} has 2 attention heads, the model 4: choose another --model" in line
 
 
 def test_half_a_decoder_and_malformed_weights_are_refused(tmp_path, user_error):
