@@ -292,7 +292,7 @@ def _cannot_read_now(error: Exception) -> bool:
 
 def _download(address: str) -> Any:
     file = Path(torch.hub.get_dir()) / "checkpoints" / Path(urlsplit(address).path).name
-    if file.suffix != ".pth":  # every model's file has the same name
+    if not re.search(r"-[0-9a-f]{8,}\.pth$", file.name):  # other models' files may have this name
         file = file.with_name(f"{zlib.crc32(address.encode()):08x}-{file.name}")
     try:
         if not file.exists():
