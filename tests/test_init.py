@@ -328,6 +328,27 @@ def test_no_command_takes_an_encoder_of_other_heads(
     assert f"{folder} has 2 attention heads, the model 4: choose another --model" in line
 
 
+@pytest.mark.parametrize("in_folder", [False, True])
+@pytest.mark.parametrize(
+    ("name", "config_name", "size"),
+    [
+        ("decoder_depth", "decoder_num_hidden_layers", 1),
+        ("decoder_embed_dim", "decoder_hidden_size", 16),
+    ],
+)
+def test_no_decoder_is_built_that_its_weights_contradict(
+    in_folder, name, config_name, size, tmp_path, pretrain_flags, monkeypatch, capsys
+):
+    """It would take minutes, or all memory."""
+    monkeypatch.setattr(models_mae, "build_model", lambda *_, **__: pytest.fail("is built"))
+    if in_folder:
+        path = of_transformers(tmp_path / "folder", **{config_name: 300_000})
+    else:
+        path = saved(tmp_path / "file.pth", autoencoder(), **{name: 300_000})
+    line = refused(monkeypatch, capsys, pretrain_flags | {"init": path})
+    assert f"{path} says {name} 300000, but its weights have {size}: mend it" in line
+
+
 def test_half_a_decoder_and_malformed_weights_are_refused(tmp_path, user_error):
     path, weights = tmp_path / "weights.pth", autoencoder().state_dict()
     for key, value, message in (
