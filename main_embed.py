@@ -296,7 +296,7 @@ def build_encoder(contents, path, *, model, input_size, in_chans):
         )
     config = pretrained.settle(path, saved, model=model, input_size=input_size)
     if config["model"] in models_mae.MODELS:
-        encoder = models_mae.build_encoder(saved | config, in_chans)
+        encoder = models_mae.build_encoder(config, in_chans)
     elif config["model"] in models_vit.MODELS:
         pooled = {"nb_classes": 0, "global_pool": "fc_norm.weight" in weights}
         encoder = models_vit.build_saved(config | pooled, in_chans)

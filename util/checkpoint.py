@@ -218,7 +218,9 @@ def _check_decoder(contents: dict[str, Any], path: str) -> None:
     width = weights["decoder_pred.weight"].shape[-1:].numel()
     for name, size in (("decoder_depth", len(blocks)), ("decoder_embed_dim", width)):
         if said.get(name) not in (None, size):
-            raise UserError(f"{path} says {name} {said[name]}, but its weights have {size}: mend it")
+            raise UserError(
+                f"{path} says {name} {said[name]}, but its weights have {size}: mend it"
+            )
 
 
 def _with_published_keys(weights: dict[str, torch.Tensor], path: str) -> dict[str, torch.Tensor]:
