@@ -349,6 +349,64 @@ def test_no_decoder_is_built_that_its_weights_contradict(
     assert f"{path} says {name} 300000, but its weights have {size}: mend it" in line
 
 
+TIMM = {"architecture": "vit_tiny_patch16_224"}
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "reason"),
+    [
+        ("config.json", ["vit_mae"], "it holds no object"),
+        ("config.json", None, "it holds no object"),
+        (
+            "config.json",
+            {"decoder_num_hidden_layers": "4"},
+            'its "decoder_num_hidden_layers" is "4"',
+        ),
+        (
+            "config.json",
+            {"decoder_num_attention_heads": 0},
+            'its "decoder_num_attention_heads" is 0',
+        ),
+        ("config.json", {"layer_norm_eps": None}, 'its "layer_norm_eps" is null'),
+        ("config.json", {"layer_norm_eps": float("nan")}, 'its "layer_norm_eps" is NaN'),
+        ("config.json", {"num_attention_heads": True}, 'its "num_attention_heads" is true'),
+        ("config.json", {"image_size": [-8, -8]}, 'its "image_size" is [-8, -8]'),
+        ("config.json", TIMM | {"input_size": 224}, 'its "input_size" is 224'),
+        ("config.json", TIMM | {"model_args": []}, 'its "model_args" is []'),
+        ("config.json", TIMM | {"pretrained_cfg": {"mean": "0.5"}}, 'its "mean" is "0.5"'),
+        ("config.json", TIMM | {"mean": [0.5], "std": [0]}, 'its "std" is [0]'),
+        ("config.json", TIMM | {"global_pool": ["avg"]}, 'its "global_pool" is ["avg"]'),
+        ("config.json", TIMM | {"label_names": 2}, 'its "label_names" is 2'),
+        ("preprocessor_config.json", {"image_mean": ["0.5"]}, 'its "image_mean" is ["0.5"]'),
+        ("preprocessor_config.json", {"rescale_factor": 0}, 'its "rescale_factor" is 0'),
+        ("model.safetensors.index.json", [], "it holds no object"),
+        ("model.safetensors.index.json", {"weight_map": []}, 'its "weight_map" is []'),
+        ("model.safetensors.index.json", {"weight_map": {"a": 1}}, 'its "weight_map" is {"a": 1}'),
+    ],
+    ids=str,
+)
+def test_malformed_files_of_a_folder_are_an_error_of_one_line(
+    name, content, reason, tmp_path, user_error
+):
+    folder = of_transformers(tmp_path)
+    if "index" in name:
+        (folder / "model.safetensors").unlink()
+    elif name == "config.json" and isinstance(content, dict) and "architecture" not in content:
+        content = {"model_type": "vit_mae"} | content
+    (folder / name).write_text(json.dumps(content))
+    message = user_error(lambda: load_checkpoint(folder))
+    assert message == f"{folder / name} is malformed: {reason}"
+
+
+@pytest.mark.parametrize("outside", ["", ".", "..", "../a.bin", "/tmp/a.bin", "b/../../a.bin"])
+def test_the_names_in_an_index_do_not_leave_its_folder(outside, tmp_path, user_error):
+    index = tmp_path / "pytorch_model.bin.index.json"
+    index.write_text(json.dumps({"weight_map": {"a": "a.bin", "b": outside}}))
+    assert user_error(lambda: load_checkpoint(tmp_path)) == (
+        f"{index} names no files of weights in its folder"
+    )
+
+
 def test_half_a_decoder_and_malformed_weights_are_refused(tmp_path, user_error):
     path, weights = tmp_path / "weights.pth", autoencoder().state_dict()
     for key, value, message in (
