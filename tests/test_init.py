@@ -151,6 +151,21 @@ def test_the_decoders_size_is_that_of_the_weights_if_no_flag_gives_one(
     assert picture.exists()
 
 
+@pytest.mark.parametrize("explicit", [0, 1])
+def test_the_named_models_decoder_is_the_same_setting_with_and_without_flags(
+    explicit, pretrain, pretrain_flags, capsys, monkeypatch
+):
+    sizes = {"decoder_depth": 1, "decoder_embed_dim": 16, "decoder_num_heads": 2}
+    runs = [pretrain_flags, pretrain_flags | sizes]
+    pretrain(runs[explicit])
+    path = pretrain_flags["output_dir"] / "checkpoint-last.pth"
+    assert {load_checkpoint(path)["args"][name] for name in sizes} == {None}
+    pretrain(runs[1 - explicit])
+    assert "resuming" in capsys.readouterr().out
+    line = refused(monkeypatch, capsys, pretrain_flags | {"decoder_depth": 2})
+    assert "different settings: decoder_depth (not given -> 2)" in line
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
