@@ -297,7 +297,7 @@ def build_encoder(contents, path, *, model, input_size, in_chans):
         )
     config = pretrained.settle(path, saved, model=model, input_size=input_size)
     if config["model"] in models_mae.MODELS:
-        encoder = models_mae.build_encoder(saved | config, in_chans)
+        encoder = models_mae.build_encoder(config, in_chans)
     elif config["model"] in models_vit.MODELS:
         pooled = {"nb_classes": 0, "global_pool": "fc_norm.weight" in weights}
         encoder = models_vit.build_saved(config | pooled, in_chans)
@@ -305,6 +305,7 @@ def build_encoder(contents, path, *, model, input_size, in_chans):
         known = ", ".join([*models_mae.MODELS, *models_vit.MODELS])
         raise UserError(f"unknown model {config['model']!r}: choose one of {known}")
     pretrained.load_encoder(encoder, weights, str(path), pretrained.saved_input_size(contents))
+    pretrained.check_heads(encoder, contents, path)
     return encoder, config
 
 

@@ -91,6 +91,7 @@ def main(args):
     config = describe(contents, given, part, args.checkpoint)
     model = build_model(config, part, pixel_format.in_chans)
     weights = exporting.take_part(model, contents["model"], part, args.checkpoint)
+    pretrained.check_heads(model, contents, args.checkpoint)
     classes, global_pool = None, args.global_pool or "avg"
     if part == "classifier":
         classes = contents.get("classes") or []

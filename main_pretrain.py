@@ -287,12 +287,16 @@ def pretrain(args, process, amp_dtype):
 
 
 def take_decoder_sizes(args, origin):
-    """Give the decoder the size of the one in --init's contents, if no flag gives a size."""
+    """Give the decoder the size of the one in --init's contents, if no flag gives a size.
+
+    A size that is the named model's becomes None, so that settings are equal where models are.
+    """
+    sizes = {name: getattr(args, name) for name in models_mae.DECODER_SIZES}
     has_decoder = "decoder_pred.weight" in origin.get("model", {})
-    if has_decoder and all(getattr(args, name) is None for name in models_mae.DECODER_SIZES):
-        named = models_mae.decoder_sizes(vars(args))
-        sizes = models_mae.decoder_sizes(origin.get("args", {}))
-        vars(args).update({name: n for name, n in sizes.items() if n != named.get(name)})
+    if has_decoder and not any(sizes.values()):
+        sizes |= models_mae.decoder_sizes(origin.get("args", {}))
+    named = models_mae.decoder_sizes({"model": args.model})
+    vars(args).update({name: None if n == named.get(name) else n for name, n in sizes.items()})
 
 
 def pictured_images(dataset):

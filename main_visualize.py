@@ -252,6 +252,7 @@ def build_autoencoder(contents, path, *, model, input_size, norm_pix_loss, in_ch
     except RuntimeError as error:
         reason = str(error).splitlines()[1].strip()
         raise UserError(f"{path} is not a {config['model']}: {reason}") from error
+    pretrained.check_heads(autoencoder, contents, path)
     return autoencoder, config
 
 

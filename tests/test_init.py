@@ -1,14 +1,18 @@
 """Pre-training from given weights: loaded to the bit, adapted or refused, and said."""
 
+import json
 import re
 
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 from helpers import command_line
 from reference_figures import FIGURES, reference_inputs, reference_mae
 from test_load_encoder import copy_of, resampled_by_hand, with_random_vectors
 
+import main_embed
+import main_export
 import main_pretrain
 import main_visualize
 import models_mae
@@ -16,6 +20,7 @@ import models_vit
 from models_mae import MaskedAutoencoderViT
 from util import cli
 from util.checkpoint import load_checkpoint
+from util.conversion import to_transformers
 from util.pos_embed import sincos_pos_embed_2d
 from util.pretrained import start_autoencoder_from
 
@@ -46,6 +51,16 @@ def refused(monkeypatch, capsys, flags, command=main_pretrain):
     *_, line = capsys.readouterr().err.splitlines()
     assert line.startswith("error: ")
     return line
+
+
+def of_transformers(folder, **config):
+    """A folder as transformers writes it, of the model in tiny_pretrain.py."""
+    folder.mkdir(exist_ok=True)
+    weights = to_transformers(autoencoder().state_dict())
+    safetensors.torch.save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    config = {"model_type": "vit_mae", "image_size": 8, "num_attention_heads": 4, **config}
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
 
 
 # ---- the command
@@ -134,6 +149,21 @@ def test_the_decoders_size_is_that_of_the_weights_if_no_flag_gives_one(
     shown |= {"num_images": 1, "device": "cpu"}
     main_visualize.main(main_visualize.get_args_parser().parse_args(command_line(shown)))
     assert picture.exists()
+
+
+@pytest.mark.parametrize("explicit", [0, 1])
+def test_the_named_models_decoder_is_the_same_setting_with_and_without_flags(
+    explicit, pretrain, pretrain_flags, capsys, monkeypatch
+):
+    sizes = {"decoder_depth": 1, "decoder_embed_dim": 16, "decoder_num_heads": 2}
+    runs = [pretrain_flags, pretrain_flags | sizes]
+    pretrain(runs[explicit])
+    path = pretrain_flags["output_dir"] / "checkpoint-last.pth"
+    assert {load_checkpoint(path)["args"][name] for name in sizes} == {None}
+    pretrain(runs[1 - explicit])
+    assert "resuming" in capsys.readouterr().out
+    line = refused(monkeypatch, capsys, pretrain_flags | {"decoder_depth": 2})
+    assert "different settings: decoder_depth (not given -> 2)" in line
 
 
 @pytest.mark.parametrize(
@@ -290,6 +320,106 @@ def test_an_encoder_of_another_size_is_refused(config, message, tmp_path, user_e
     before = copy_of(model.state_dict())
     assert message in user_error(lambda: start(model, path))
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("command", "flags"),
+    [
+        (main_embed, {"data_path": "images", "output": "features.npz"}),
+        (main_visualize, {"data_path": "images", "output": "recon.png", "norm_pix_loss": True}),
+        (main_export, {"format": "timm", "output": "exported"}),
+    ],
+    ids=lambda value: getattr(value, "__name__", ""),
+)
+def test_no_command_takes_an_encoder_of_other_heads(
+    command, flags, image_folder, tmp_path, monkeypatch, capsys
+):
+    """No shape shows them, and features would be wrong without a word."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "images").symlink_to(image_folder)
+    folder = of_transformers(tmp_path / "folder", num_attention_heads=2)
+    flags = {"checkpoint": folder, "model": "tiny_test_model", **flags}
+    line = refused(monkeypatch, capsys, flags, command)
+    assert f"{folder} has 2 attention heads, the model 4: choose another --model" in line
+
+
+@pytest.mark.parametrize("in_folder", [False, True])
+@pytest.mark.parametrize(
+    ("name", "config_name", "size"),
+    [
+        ("decoder_depth", "decoder_num_hidden_layers", 1),
+        ("decoder_embed_dim", "decoder_hidden_size", 16),
+    ],
+)
+def test_no_decoder_is_built_that_its_weights_contradict(
+    in_folder, name, config_name, size, tmp_path, pretrain_flags, monkeypatch, capsys
+):
+    """It would take minutes, or all memory."""
+    monkeypatch.setattr(models_mae, "build_model", lambda *_, **__: pytest.fail("is built"))
+    if in_folder:
+        path = of_transformers(tmp_path / "folder", **{config_name: 300_000})
+    else:
+        path = saved(tmp_path / "file.pth", autoencoder(), **{name: 300_000})
+    line = refused(monkeypatch, capsys, pretrain_flags | {"init": path})
+    assert f"{path} says {name} 300000, but its weights have {size}: mend it" in line
+
+
+TIMM = {"architecture": "vit_tiny_patch16_224"}
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "reason"),
+    [
+        ("config.json", ["vit_mae"], "it holds no object"),
+        ("config.json", None, "it holds no object"),
+        (
+            "config.json",
+            {"decoder_num_hidden_layers": "4"},
+            'its "decoder_num_hidden_layers" is "4"',
+        ),
+        (
+            "config.json",
+            {"decoder_num_attention_heads": 0},
+            'its "decoder_num_attention_heads" is 0',
+        ),
+        ("config.json", {"layer_norm_eps": None}, 'its "layer_norm_eps" is null'),
+        ("config.json", {"layer_norm_eps": float("nan")}, 'its "layer_norm_eps" is NaN'),
+        ("config.json", {"num_attention_heads": True}, 'its "num_attention_heads" is true'),
+        ("config.json", {"image_size": [-8, -8]}, 'its "image_size" is [-8, -8]'),
+        ("config.json", TIMM | {"input_size": 224}, 'its "input_size" is 224'),
+        ("config.json", TIMM | {"model_args": []}, 'its "model_args" is []'),
+        ("config.json", TIMM | {"pretrained_cfg": {"mean": "0.5"}}, 'its "mean" is "0.5"'),
+        ("config.json", TIMM | {"mean": [0.5], "std": [0]}, 'its "std" is [0]'),
+        ("config.json", TIMM | {"global_pool": ["avg"]}, 'its "global_pool" is ["avg"]'),
+        ("config.json", TIMM | {"label_names": 2}, 'its "label_names" is 2'),
+        ("preprocessor_config.json", {"image_mean": ["0.5"]}, 'its "image_mean" is ["0.5"]'),
+        ("preprocessor_config.json", {"rescale_factor": 0}, 'its "rescale_factor" is 0'),
+        ("model.safetensors.index.json", [], "it holds no object"),
+        ("model.safetensors.index.json", {"weight_map": []}, 'its "weight_map" is []'),
+        ("model.safetensors.index.json", {"weight_map": {"a": 1}}, 'its "weight_map" is {"a": 1}'),
+    ],
+    ids=str,
+)
+def test_malformed_files_of_a_folder_are_an_error_of_one_line(
+    name, content, reason, tmp_path, user_error
+):
+    folder = of_transformers(tmp_path)
+    if "index" in name:
+        (folder / "model.safetensors").unlink()
+    elif name == "config.json" and isinstance(content, dict) and "architecture" not in content:
+        content = {"model_type": "vit_mae"} | content
+    (folder / name).write_text(json.dumps(content))
+    message = user_error(lambda: load_checkpoint(folder))
+    assert message == f"{folder / name} is malformed: {reason}"
+
+
+@pytest.mark.parametrize("outside", ["", ".", "..", "../a.bin", "/tmp/a.bin", "b/../../a.bin"])
+def test_the_names_in_an_index_do_not_leave_its_folder(outside, tmp_path, user_error):
+    index = tmp_path / "pytorch_model.bin.index.json"
+    index.write_text(json.dumps({"weight_map": {"a": "a.bin", "b": outside}}))
+    assert user_error(lambda: load_checkpoint(tmp_path)) == (
+        f"{index} names no files of weights in its folder"
+    )
 
 
 def test_half_a_decoder_and_malformed_weights_are_refused(tmp_path, user_error):

@@ -4,6 +4,7 @@ import argparse
 import os
 import pickle
 import urllib.error
+import zlib
 
 import pytest
 import safetensors.torch
@@ -17,6 +18,7 @@ from util.pos_embed import sincos_pos_embed_2d
 from util.pretrained import fingerprint, load_classifier, load_encoder, start_from
 
 ADDRESS = "https://example.invalid/models/released.pth"
+CACHED = f"{zlib.crc32(ADDRESS.encode()):08x}-released.pth"
 SMALL = {"embed_dim": 32, "depth": 2, "num_heads": 4}
 DECODER = {"decoder_embed_dim": 16, "decoder_depth": 1, "decoder_num_heads": 2}
 
@@ -85,7 +87,7 @@ def address(weights, folder):
     """An address whose file torch.hub has downloaded before."""
     cache = folder / "hub" / "checkpoints"
     cache.mkdir(parents=True)
-    released(weights, cache)
+    released(weights, cache).rename(cache / CACHED)
     return ADDRESS
 
 
@@ -129,7 +131,7 @@ class RunsCode:
 
 @pytest.mark.filterwarnings("ignore:Detected pickle protocol")
 @pytest.mark.parametrize("save", [torch.save, pickle.dump], ids=["zip", "pickle"])
-@pytest.mark.parametrize("name", ["model.safetensors", "hub/checkpoints/released.pth"])
+@pytest.mark.parametrize("name", ["model.safetensors", f"hub/checkpoints/{CACHED}"])
 def test_code_is_not_run_from_a_safetensors_name_or_a_download(
     save, name, tmp_path, monkeypatch, user_error
 ):
@@ -425,9 +427,9 @@ def test_a_reset_connection_is_no_torn_file_and_a_torn_download_can_be_removed(
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     cache = tmp_path / "hub" / "checkpoints"
     cache.mkdir(parents=True)
-    (cache / "released.pth").write_bytes(b"torn")
+    (cache / CACHED).write_bytes(b"torn")
     assert f"remove it from {cache}" in user_error(lambda: load_checkpoint(ADDRESS))
-    (cache / "released.pth").unlink()
+    (cache / CACHED).unlink()
 
     def reset(*_, **__):
         raise ConnectionResetError("reset by peer")
@@ -435,3 +437,23 @@ def test_a_reset_connection_is_no_torn_file_and_a_torn_download_can_be_removed(
     monkeypatch.setattr("torch.hub.download_url_to_file", reset)
     message = user_error(lambda: load_checkpoint(ADDRESS))
     assert message == f"{ADDRESS} can't be downloaded: reset by peer"
+
+
+@pytest.mark.parametrize(
+    ("name", "is_shared"),
+    [("model.pth", False), ("model-v2.pth", False), ("model.bin", False), ("a-0123abcd.pth", True)],
+)
+def test_only_a_name_with_a_hash_is_one_file_at_every_address(
+    name, is_shared, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    downloads = []
+
+    def download(address, file):
+        downloads.append(address)
+        torch.save({"weight": torch.full((1,), len(downloads))}, file)
+
+    monkeypatch.setattr("torch.hub.download_url_to_file", download)
+    addresses = [f"https://{host}.invalid/{name}" for host in ("one", "two")]
+    found = [load_checkpoint(address)["model"]["weight"].item() for address in addresses * 2]
+    assert found == ([1, 1, 1, 1] if is_shared else [1, 2, 1, 2])

@@ -172,7 +172,8 @@ def load_checkpoint(path: str | Path, mmap: bool = False) -> dict[str, Any]:
 
     Raises:
         TornCheckpoint: the file is torn, or holds something else.
-        UserError: it is missing, or can't be read just now; a folder's model can't be one of ours.
+        UserError: it is missing, or can't be read just now; a folder's model can't be one of ours,
+            or its config is malformed; the decoder's size is said to be another than it is.
     """
     path = str(path)
     if path.startswith("https://"):
@@ -204,7 +205,22 @@ def load_checkpoint(path: str | Path, mmap: bool = False) -> dict[str, Any]:
         del contents["args"]  # of another project
     if os.path.isdir(path) and "args" not in contents:
         contents |= libraries.describe(Path(path), contents["model"])
+    _check_decoder(contents, path)
     return contents
+
+
+def _check_decoder(contents: dict[str, Any], path: str) -> None:
+    """Refuse, with a UserError, a decoder's size that isn't the weights', before it is built."""
+    weights, said = contents["model"], contents.get("args", {})
+    if "decoder_pred.weight" not in weights:
+        return
+    blocks = {key.split(".")[1] for key in weights if key.startswith("decoder_blocks.")}
+    width = weights["decoder_pred.weight"].shape[-1:].numel()
+    for name, size in (("decoder_depth", len(blocks)), ("decoder_embed_dim", width)):
+        if said.get(name) not in (None, size):
+            raise UserError(
+                f"{path} says {name} {said[name]}, but its weights have {size}: mend it"
+            )
 
 
 def _with_published_keys(weights: dict[str, torch.Tensor], path: str) -> dict[str, torch.Tensor]:
@@ -292,7 +308,7 @@ def _cannot_read_now(error: Exception) -> bool:
 
 def _download(address: str) -> Any:
     file = Path(torch.hub.get_dir()) / "checkpoints" / Path(urlsplit(address).path).name
-    if file.suffix != ".pth":  # every model's file has the same name
+    if not re.search(r"-[0-9a-f]{8,}\.pth$", file.name):  # other models' files may have this name
         file = file.with_name(f"{zlib.crc32(address.encode()):08x}-{file.name}")
     try:
         if not file.exists():

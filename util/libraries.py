@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,70 @@ from util.errors import UserError, warn
 
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")  # or, for several files, NAME.index.json
 NORM_EPS = 1e-6  # of all models here
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) in (int, float) and abs(value) < 1e9  # NaN is not
+
+
+def _is_positive(value: Any) -> bool:
+    return _is_number(value) and value > 0
+
+
+def _is_count(value: Any) -> bool:
+    return type(value) is int and _is_positive(value)
+
+
+def _is_list_of(is_right: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    return lambda value: isinstance(value, list) and all(map(is_right, value))
+
+
+def _is_or_list(is_right: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    return lambda value: is_right(value) or _is_list_of(is_right)(value)
+
+
+def _or_null(is_right: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    return lambda value: value is None or is_right(value)
+
+
+def _is(*kinds: type) -> Callable[[Any], bool]:
+    return lambda value: isinstance(value, kinds)
+
+
+# What is read of each file, and whether a value can be that.
+Entries = dict[str, Callable[[Any], bool]]
+INDEX: Entries = {
+    "weight_map": lambda value: isinstance(value, dict) and all(map(_is(str), value.values()))
+}
+OF_TRANSFORMERS: Entries = {
+    "layer_norm_eps": _is_positive,
+    "num_attention_heads": _is_count,
+    "image_size": _is_or_list(_is_count),
+    "norm_pix_loss": _is(bool),
+    "mask_ratio": _is_number,
+    "decoder_hidden_size": _is_count,
+    "decoder_num_hidden_layers": _is_count,
+    "decoder_num_attention_heads": _is_count,
+}
+PROCESSOR: Entries = {
+    "image_mean": _or_null(_is_or_list(_is_number)),
+    "image_std": _or_null(_is_or_list(_is_positive)),
+    "do_normalize": _or_null(_is(bool)),
+    "do_rescale": _or_null(_is(bool)),
+    "rescale_factor": _or_null(_is_positive),
+}
+OF_TIMM: Entries = {
+    "model_args": _or_null(_is(dict)),
+    "pretrained_cfg": _or_null(_is(dict)),
+    "global_pool": _or_null(_is(str)),
+    "label_names": _or_null(_is(list, dict)),
+    # Of "model_args" and "pretrained_cfg"
+    "num_heads": _or_null(_is_or_list(_is_count)),  # a list where stages differ
+    "img_size": _or_null(_is_or_list(_is_count)),
+    "input_size": _or_null(_is_list_of(_is_count)),
+    "mean": _or_null(_is_or_list(_is_number)),
+    "std": _or_null(_is_or_list(_is_positive)),
+}
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -25,8 +90,8 @@ def weight_files(folder: Path) -> list[Path]:
             return [folder / name]
         index = folder / f"{name}.index.json"
         if index.is_file():
-            names = sorted(set(_read_json(index).get("weight_map", {}).values()))
-            if names and all(Path(name).name == name for name in names):
+            names = sorted(set(_read_json(index, INDEX).get("weight_map", {}).values()))
+            if names and all(Path(name).name == name not in ("", "..") for name in names):
                 return [folder / name for name in names]
             raise UserError(f"{index} names no files of weights in its folder")
     checkpoints = sorted(folder.glob("*.pth"))
@@ -48,7 +113,7 @@ def describe(folder: Path, weights: dict[str, Tensor]) -> dict[str, Any]:
         weights: the model's, under the published keys.
 
     Raises:
-        UserError: it is a model that the ones here can't represent.
+        UserError: it is a model that the ones here can't represent; a file is malformed.
     """
     config = _read_json(folder / "config.json")
     if "architecture" in config:
@@ -66,13 +131,24 @@ def describe(folder: Path, weights: dict[str, Tensor]) -> dict[str, Any]:
     return about
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file; an empty one if there is no file."""
+def _read_json(path: Path, entries: Entries | None = None) -> dict[str, Any]:
+    """The object in a JSON file, with such entries; an empty one if there is no file."""
     try:
         content = json.loads(path.read_bytes()) if path.exists() else {}
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path} can't be read: {error}") from error
-    return content if isinstance(content, dict) else {}
+    _check(path, content, entries or {})
+    return content
+
+
+def _check(path: Path, content: Any, entries: Entries) -> None:
+    """Refuse, with a UserError, what is no object or has one of these entries of another kind."""
+    wrong = None if isinstance(content, dict) else "it holds no object"
+    for name, is_right in entries.items() if wrong is None else ():
+        if name in content and not is_right(content[name]):
+            wrong = f'its "{name}" is {json.dumps(content[name])[:80]}'
+    if wrong:
+        raise UserError(f"{path} is malformed: {wrong}")
 
 
 def _of_transformers(
@@ -83,6 +159,7 @@ def _of_transformers(
         raise UserError(
             f"{folder} holds a {kind} of transformers: only vit_mae, vit and beit can be loaded"
         )
+    _check(folder / "config.json", config, OF_TRANSFORMERS)
     _check_activation(folder, config.get("hidden_act"))
     eps = config.get("layer_norm_eps", NORM_EPS)
     if not math.isclose(eps, NORM_EPS):
@@ -104,12 +181,12 @@ def _of_transformers(
         }
     if "head.weight" in weights:
         args["global_pool"] = "fc_norm.weight" in weights
-    processor = _read_json(folder / "preprocessor_config.json")
+    processor = _read_json(folder / "preprocessor_config.json", PROCESSOR)
     mean, std = processor.get("image_mean"), processor.get("image_std")
     if processor and not processor.get("do_normalize", True):
         mean, std = 0.0, 1.0
     if mean is not None and std is not None:
-        rescale = 255 * processor.get("rescale_factor", 1 / 255)
+        rescale = 255 * (processor.get("rescale_factor") or 1 / 255)
         scale = rescale if processor.get("do_rescale", True) else 255.0
         args |= _pixels(folder, mean, std, weights, scale)
     return args, [name for _, name in sorted(_by_number(config.get("id2label")).items())]
@@ -118,7 +195,10 @@ def _of_transformers(
 def _of_timm(
     folder: Path, config: dict[str, Any], weights: dict[str, Tensor]
 ) -> tuple[dict[str, Any], list[str]]:
+    _check(folder / "config.json", config, OF_TIMM)
     model, pretrained = config.get("model_args") or {}, config.get("pretrained_cfg") or config
+    for part in (model, pretrained):
+        _check(folder / "config.json", part, OF_TIMM)
     _check_activation(folder, model.get("act_layer"))
     size = pretrained.get("input_size")
     args = {
@@ -144,7 +224,9 @@ def _check_activation(folder: Path, name: Any) -> None:
 
 def _by_number(names: Any) -> dict[int, str]:
     """A config's table of names, whose keys JSON has made strings."""
-    if not isinstance(names, dict) or not all(str(number).isdigit() for number in names):
+    if not isinstance(names, dict) or not all(
+        number.isdecimal() and len(number) < 10 for number in names
+    ):
         return {}
     return {int(number): str(name) for number, name in names.items()}
 
