@@ -306,10 +306,14 @@ def test_weights_that_are_no_numbers_are_not_evaluated(
     finetune(classify_flags | {"eval": True, "resume": whole, "input_size": 12})
     assert "was trained with input_size 8, not 12" in capsys.readouterr().err
     contents = torch.load(whole, weights_only=True)
+    contents["model"]["head.weight"].fill_(3e38)
+    torch.save(contents, tmp_path / "large.pth")
+    flags = classify_flags | {"eval": True, "resume": tmp_path / "large.pth"}
+    assert "the loss on the held-out images is" in finetune_error(flags)
     contents["model"]["cls_token"] *= torch.nan
     torch.save(contents, tmp_path / "nan.pth")
     flags = classify_flags | {"eval": True, "resume": tmp_path / "nan.pth"}
-    assert "the loss on the held-out images is nan" in finetune_error(flags)
+    assert "nan.pth holds values that are not finite in cls_token" in finetune_error(flags)
 
 
 def test_more_classes_than_found_are_a_warning(classify_flags, finetune, capsys):

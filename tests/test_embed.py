@@ -340,7 +340,7 @@ def test_wrong_input_is_refused(folder, pretraining, tmp_path, user_error):
     torch.save({"model": {"head.1.weight": torch.zeros(2, 32)}} | about, probe)
     broken = tmp_path / "broken.pth"
     weights = pretraining[1].state_dict()
-    torch.save({"model": weights | {"norm.bias": torch.full((32,), np.nan)}, "args": MAE}, broken)
+    torch.save({"model": weights | {"norm.bias": torch.full((32,), 3e38)}, "args": MAE}, broken)
     wider = tmp_path / "wider.pth"
     torch.save({"model": weights, "args": MAE | {"model": "mae_vit_nano_patch4"}}, wider)
     unknown = tmp_path / "unknown.pth"
