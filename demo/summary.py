@@ -19,7 +19,7 @@ def main(output_dir):
         )
     measured = [record for record in logs["pretrain"] if "knn_acc1" in record]
     if measured:  # not if an older version has made this pre-training
-        print("accuracy of its features by nearest neighbours, from 1,000 labels:")
+        print("accuracy of its features by nearest neighbours, from 500 labels:")
         epochs = (f"epoch {r['epoch']}: {r['knn_acc1']:.1f}%" for r in (measured[0], measured[-1]))
         print(f"  held-out images   {'   '.join(epochs)}")
     print(f"reconstructions     {output_dir / 'reconstructions.png'}")
