@@ -10,4 +10,4 @@ finetune=(main_finetune.py "${shared[@]}" --model vit_nano_patch4 --nb_classes 1
     --epochs 2 --warmup_epochs 0.4 --lr 2e-3 --aa none --reprob 0 --drop_path 0 --smoothing 0)
 
 probe=(main_linprobe.py "${shared[@]}" --model vit_nano_patch4 --nb_classes 10
-    --epochs 1 --warmup_epochs 0.2 --lr 20)
+    --epochs 2 --warmup_epochs 0.2 --lr 20)
