@@ -54,7 +54,7 @@ def per_band(arrays, nodata=None):
         for band in range(arrays[0].shape[2])
     ]
     if nodata is not None:
-        bands = [b[~np.isnan(b) if np.isnan(nodata) else b != nodata] for b in bands]
+        bands = [b[~np.isnan(b) if np.isnan(nodata) else b != b.dtype.type(nodata)] for b in bands]
     return [band.astype(np.float64) for band in bands]
 
 

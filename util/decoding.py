@@ -216,7 +216,7 @@ def _chosen_samples(stored: StoredImage, pixels: PixelFormat) -> np.ndarray:
     if samples.dtype.kind == "f":
         unusable = ~np.isfinite(samples)
         if pixels.nodata is not None:
-            unusable &= ~_missing(samples, pixels.nodata)
+            unusable &= ~is_nodata(samples, pixels.nodata)
         if np.isnan(samples[unusable]).any():
             raise _unsuitable("holds NaN", "add --nodata nan if that stands for no data", pixels)
         if unusable.any():
@@ -269,14 +269,18 @@ def _scaled(samples: np.ndarray, full: int | None, pixels: PixelFormat) -> np.nd
         scaled = samples.astype(np.float32) / np.float32(full)
     scaled = scaled.clip(0, 1).astype(np.float32)
     if pixels.nodata is not None:
-        missing = _missing(samples, pixels.nodata)
+        missing = is_nodata(samples, pixels.nodata)
         scaled = np.where(missing, np.array(pixels.mean, np.float32), scaled)
     return scaled
 
 
-def _missing(samples: np.ndarray, nodata: float) -> np.ndarray:
+def is_nodata(samples: np.ndarray, nodata: float) -> np.ndarray:
     """Where samples are `nodata`, which may be nan."""
-    return np.isnan(samples) if np.isnan(nodata) else samples == nodata
+    if np.isnan(nodata):
+        return np.isnan(samples)
+    if np.issubdtype(samples.dtype, np.floating):
+        nodata = samples.dtype.type(nodata)  # as it was written; numpy 1 compares in float64
+    return samples == nodata
 
 
 @functools.cache

@@ -11,7 +11,13 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from util.decoding import UnreadableImage, UnsuitableImage, describe, read_samples
+from util.decoding import (
+    UnreadableImage,
+    UnsuitableImage,
+    describe,
+    is_nodata,
+    read_samples,
+)
 from util.errors import UserError, warn
 from util.image_files import Images
 from util.loading import MAX_UNREADABLE_SHARE, MIN_UNREADABLE, map_in_order
@@ -135,7 +141,7 @@ def _slices(samples: np.ndarray) -> Iterator[np.ndarray]:
 def _with_data(values: np.ndarray, nodata: float | None) -> np.ndarray:
     if nodata is None:
         return values
-    return values[~np.isnan(values) if math.isnan(nodata) else values != nodata]
+    return values[~is_nodata(values, nodata)]
 
 
 def measure(
