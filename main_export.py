@@ -21,6 +21,8 @@ import models_vit
 from util import cli, exporting, flags, model_card, pixels, pretrained
 from util.checkpoint import load_checkpoint
 from util.errors import UserError, say
+from util.exporting_timm import for_timm
+from util.exporting_transformers import for_transformers
 
 
 def get_args_parser():
@@ -99,9 +101,9 @@ def main(args):
 
     # ---- files
     if args.format == "timm":
-        folder = exporting.for_timm(output, model, weights, global_pool, classes, pixel_format)
+        folder = for_timm(output, model, weights, global_pool, classes, pixel_format)
     elif args.format == "transformers":
-        folder = exporting.for_transformers(
+        folder = for_transformers(
             output,
             model,
             weights,
@@ -159,7 +161,8 @@ def describe(contents, given, part, path):
     """The flags that define a checkpoint's model: its own, or else those that are given."""
     saved, weights = contents.get("args") or {}, contents["model"]
     config = pretrained.settle(path, saved, **given)
-    config |= {name: saved[name] for name in models_mae.DECODER_SIZES if saved.get(name)}
+    if part == "autoencoder":
+        config |= {name: saved[name] for name in models_mae.DECODER_SIZES if saved.get(name)}
     if part == "classifier":
         config["nb_classes"] = len(weights["head.weight"])
         config["global_pool"] = saved.get("global_pool", "fc_norm.weight" in weights)

@@ -15,7 +15,7 @@ import main_export
 import main_visualize
 import models_mae
 import models_vit
-from util import data, decoding, exporting, features, model_card
+from util import data, decoding, exporting, exporting_timm, features, model_card
 from util.checkpoint import load_checkpoint, save_safetensors
 from util.pixels import RGB, PixelFormat
 
@@ -142,7 +142,7 @@ def test_timm_gives_feature_maps_for_a_segmentation_library(tmp_path):
 def test_sizes_have_timm_s_name_where_there_is_one(name, architecture):
     with torch.device("meta"):
         model = models_mae.build_model(name)
-    config = exporting.timm_config(model, "avg", None, RGB)
+    config = exporting_timm.timm_config(model, "avg", None, RGB)
     assert config["architecture"].startswith(architecture)
 
 
