@@ -1,17 +1,24 @@
-.PHONY: help demo test lint bench gpu
+.PHONY: help demo test test-faults test-slurm lint bench gpu
 .DEFAULT_GOAL := help
 
 PYTHON ?= python3
 READY := .venv/installed
 
 help:  ## show this list
-	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 8
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 8
 
 demo: $(READY)  ## pre-train a small model on the bundled images, on the CPU, and show the result
 	PATH="$(CURDIR)/.venv/bin:$$PATH" bash demo/run.sh
 
 test: $(READY) lint  ## lint, then run the tests
 	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n 2 --dist worksteal
+
+test-faults: $(READY)  ## inject all faults of tests/faults, in less than 15 minutes
+	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n 2 --dist worksteal -m "" tests/faults
+
+test-slurm: $(READY)  ## install Slurm, as root, and run its tests
+	which slurmctld munged >/dev/null || apt-get install -y --no-install-recommends slurm-wlm munge
+	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -m "" tests/faults/test_slurm.py
 
 lint: $(READY)  ## check style, formatting and types
 	.venv/bin/ruff check .
