@@ -175,10 +175,16 @@ class ForkedScript:
     def returncode(self):
         return next((rank.exitcode for rank in self._ranks if rank.exitcode), 0)
 
-    def send_signal(self, number):
-        for rank in self._ranks:
+    def send_signal(self, number, only=None):
+        """To all processes, or to one rank."""
+        for rank in self._ranks if only is None else [self._ranks[only]]:
             if rank.is_alive():
                 os.kill(rank.pid, number)
+
+    def wait_for(self, rank, timeout=120):
+        """A rank's exit code, once it has ended."""
+        self._ranks[rank].join(timeout)
+        return self._ranks[rank].exitcode
 
     def kill(self):
         self.send_signal(signal.SIGKILL)
@@ -187,6 +193,11 @@ class ForkedScript:
         for rank in self._ranks:
             rank.join()
         return self.returncode
+
+    def read_stderr(self):
+        """All that is on stderr by now."""
+        with open(self._stderr.name) as file:
+            return file.read()
 
     def communicate(self, timeout=120):
         """The rest of stdout, and stderr; kills what still runs after so many seconds."""

@@ -4,12 +4,10 @@ import io
 import json
 import os
 import re
-from datetime import timedelta
 from functools import partial
 
 import pytest
 import torch
-import torch.distributed as dist
 from helpers import command_line, run, start_fresh, write_images
 
 import main_finetune
@@ -530,25 +528,6 @@ def test_workers_share_the_cores_of_a_machine(monkeypatch, processes, workers):
     assert parser.get_default("num_workers") == workers
 
 
-@pytest.fixture
-def group_of_two(monkeypatch):
-    """This process is one of two; returns what torch is told of them."""
-    told = []
-    for name, value in (("RANK", 0), ("WORLD_SIZE", 2), ("LOCAL_RANK", 0), ("LOCAL_WORLD_SIZE", 2)):
-        monkeypatch.setenv(name, str(value))
-    for function in ("init_process_group", "new_group"):
-        monkeypatch.setattr(dist, function, lambda *_, **options: told.append(options["timeout"]))
-    for function in ("barrier", "destroy_process_group"):
-        monkeypatch.setattr(dist, function, lambda: None)
-    return told
-
-
-def test_a_process_waits_for_the_others_as_long_as_it_is_told(group_of_two):
-    with distributed.process_group("cpu", 7.5) as process:
-        distributed.Agreement(process)
-    assert group_of_two == [timedelta(minutes=7.5)] * 2
-
-
 @pytest.mark.parametrize("command", [main_pretrain, main_finetune, main_linprobe])
 def test_commands_pass_the_flag_on(command, classify_flags, monkeypatch):
     def stop(*args):
@@ -563,27 +542,9 @@ def test_commands_pass_the_flag_on(command, classify_flags, monkeypatch):
         command.main(args)
 
 
-def test_the_number_of_local_processes_is_known(group_of_two, monkeypatch, user_error):
+def test_the_number_of_local_processes_is_known(monkeypatch, user_error):
+    for name, value in (("RANK", 0), ("WORLD_SIZE", 2), ("LOCAL_RANK", 0), ("LOCAL_WORLD_SIZE", 2)):
+        monkeypatch.setenv(name, str(value))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     group = distributed.process_group("cuda:0")
     assert "is one device for 2 processes" in user_error(group.__enter__)
-
-
-def test_a_meeting_point_that_is_taken_is_not_blamed_on_the_interface(group_of_two, monkeypatch):
-    def taken(*_, **_options):
-        raise dist.DistNetworkError("EADDRINUSE")
-
-    monkeypatch.setattr(dist, "init_process_group", taken)
-    with pytest.raises(dist.DistNetworkError):
-        distributed.process_group("cpu").__enter__()
-
-
-def test_processes_that_cannot_connect_are_told_of_the_interface(monkeypatch, user_error):
-    def refuse(*_args, **_kwargs):
-        raise RuntimeError("Gloo connectFullMesh failed with Connection refused\nmore")
-
-    monkeypatch.setattr("torch.distributed.new_group", refuse)
-    process = distributed.Process(0, 2, torch.device("cpu"))
-    message = user_error(lambda: distributed.Agreement(process))
-    assert message.startswith("the processes can't reach each other (Gloo connectFullMesh failed")
-    assert "set GLOO_SOCKET_IFNAME" in message

@@ -18,7 +18,7 @@ from urllib.parse import urlsplit
 import safetensors.torch
 import torch
 
-from util import conversion, libraries
+from util import conversion, libraries, watching
 from util.errors import UserError, warn
 
 LAST = "checkpoint-last.pth"
@@ -86,6 +86,7 @@ class Writer:
             self.last_succeeded = self._pending.result()
             self._pending = None
 
+    @watching.saving()
     def _write(self, names: list[str], contents: dict[str, Any]) -> bool:
         written, succeeded = None, True
         for name in names:

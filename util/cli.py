@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from util.distributed import Process
-from util.errors import UserError
+from util.errors import LostProcess, UserError
 
 
 class ArgumentParser(argparse.ArgumentParser):
@@ -36,13 +36,20 @@ class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescrip
 
 
 def run(main: Callable[[argparse.Namespace], None], parser: argparse.ArgumentParser) -> None:
-    """Run a command; a user's error becomes one line on stderr and exit code 2."""
+    """Run a command; errors that are not ours become one line on stderr.
+
+    Exit codes: 2 after a user's error, 1 if another process is gone, 130 after Ctrl-C.
+    """
     try:
         main(parser.parse_args())
     except UserError as error:
         rank = os.environ.get("RANK", "0")
         print(f"error: {'' if rank == '0' else f'[rank {rank}] '}{error}", file=sys.stderr)
         sys.exit(2)
+    except LostProcess as error:
+        if str(error):
+            print(f"error: {error}", file=sys.stderr)
+        sys.exit(1)
     except KeyboardInterrupt:
         sys.exit(130)
 

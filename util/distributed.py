@@ -14,9 +14,15 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
 
 from util.errors import UserError
+from util.watching import Watch
+
+# Of all processes, over gloo, for what is not a tensor of the model. How long it waits, a `Watch`
+# decides.
+_control: dist.ProcessGroup | None = None
 
 
 @dataclass(frozen=True)
@@ -26,7 +32,6 @@ class Process:
     rank: int
     world_size: int
     device: torch.device
-    timeout: timedelta = timedelta(minutes=30)  # how long to wait for another process
 
     @property
     def is_main(self) -> bool:
@@ -84,7 +89,9 @@ def process_group(device: str, timeout_minutes: float = 30) -> Iterator[Process]
 
     Raises:
         UserError: there is no such device; the processes can't reach each other.
+        LostProcess: another process is gone.
     """
+    global _control
     rank, world_size, local_rank, local_world_size = (
         int(os.environ.get(name, default))
         for name, default in (
@@ -98,18 +105,28 @@ def process_group(device: str, timeout_minutes: float = 30) -> Iterator[Process]
     if world_size == 1:
         yield Process(0, 1, selected)
         return
-    process = Process(rank, world_size, selected, timedelta(minutes=timeout_minutes))
+    process = Process(rank, world_size, selected)
     backend = "nccl" if process.device.type == "cuda" else "gloo"
+    timeout = timedelta(minutes=timeout_minutes)
+    if backend == "nccl":
+        timeout = 1.1 * timeout + timedelta(seconds=30)  # it aborts: the `Watch` must speak before
+    store, _, _ = next(rendezvous("env://", timeout=timeout))
     with _explain_gloo() if backend == "gloo" else contextlib.nullcontext():
-        dist.init_process_group(backend, timeout=process.timeout)
+        dist.init_process_group(
+            backend, store=store, rank=rank, world_size=world_size, timeout=timeout
+        )
+    with _explain_gloo():
+        _control = dist.new_group(backend="gloo", timeout=timedelta(days=365))
     leaving_together = False
     try:
-        yield process
+        with _watch(process, 60 * timeout_minutes):
+            yield process
         leaving_together = True
     except SystemExit:  # stopped by a signal, on which all processes agreed
         leaving_together = True
         raise
     finally:
+        _control = None
         # Destroying an NCCL group waits for its peers. After an error of this process they would
         # never come: leave at once instead, and torchrun ends them.
         if leaving_together and backend == "gloo":
@@ -135,6 +152,22 @@ def _explain_gloo() -> Iterator[None]:
             "name stands for; set GLOO_SOCKET_IFNAME to the network interface that the machines "
             "share, such as eth0"
         ) from error
+
+
+@contextlib.contextmanager
+def _watch(process: Process, timeout_seconds: float) -> Iterator[None]:
+    """Watch over the processes, and raise a LostProcess where a connection to one breaks."""
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    client = dist.TCPStore(address, port, is_master=False)
+    name = f"watch/{gather(os.urandom(8).hex())[0]}"  # no earlier attempt's
+    store = dist.PrefixStore(name, client)
+    with Watch(store, process.rank, process.world_size, timeout_seconds) as watch:
+        try:
+            yield
+        except RuntimeError as error:
+            if isinstance(error, dist.DistError) or "gloo" in str(error):
+                raise watch.lost(error) from error
+            raise
 
 
 def data_parallel(model: nn.Module, process: Process) -> nn.Module:
@@ -165,11 +198,14 @@ def share_buffers(model: nn.Module) -> None:
 
 
 def gather(value: Any) -> list[Any]:
-    """Every process's `value` (any object that pickles), as a list in rank order."""
+    """Every process's `value` (any object that pickles), as a list in rank order.
+
+    It waits for as long as a process goes on, see `watching`.
+    """
     if not dist.is_initialized():
         return [value]
     values: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(values, value)
+    dist.all_gather_object(values, value, group=_control)
     return values
 
 
@@ -193,20 +229,17 @@ class Agreement:
     """
 
     def __init__(self, process: Process) -> None:
-        self._group = None
-        if process.world_size > 1:
-            with _explain_gloo():
-                self._group = dist.new_group(backend="gloo", timeout=process.timeout)
+        self._is_alone = process.world_size == 1
         self._pending: tuple[torch.Tensor, Any] | None = None
 
     def __call__(self, value: int) -> int:
         """Give this step's value (>= 0); returns the maximum of the previous step's."""
-        if self._group is None:
+        if self._is_alone:
             return value
         agreed = self.settle()
         tensor = torch.tensor(value)
         op = dist.ReduceOp.MAX
-        self._pending = tensor, dist.all_reduce(tensor, op, group=self._group, async_op=True)
+        self._pending = tensor, dist.all_reduce(tensor, op, group=_control, async_op=True)
         return agreed
 
     def settle(self) -> int:

@@ -14,6 +14,13 @@ class NotFinite(UserError):
     """A loss or a state that is not finite; `training.Checkpoints` adds what to do about it."""
 
 
+class LostProcess(Exception):
+    """Another process of the run is gone; the text says which, or is empty where another says it.
+
+    Commands exit with code 1.
+    """
+
+
 def warn(message: str) -> None:
     """One line on stderr, from the main process only."""
     if os.environ.get("RANK", "0") == "0":

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from util import data
+from util import data, watching
 from util.decoding import ImageSource, UnreadableImage, printable, read_image
 from util.distributed import Process
 from util.errors import UserError, say, warn
@@ -239,6 +239,7 @@ class ImageLoader:
         """A training epoch's batches, from `first_step` on."""
         self.batches.epoch, self.batches.first_step = epoch, first_step
         for step, (imgs, labels, indices, problems) in enumerate(self._batches(), first_step):
+            watching.at_step(epoch, step)
             yield Batch(step, imgs, labels, self._warn_unreadable(indices, problems))
 
     def eval_batches(self) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
@@ -247,6 +248,7 @@ class ImageLoader:
         An image that is not readable is warned of and replaced, see `ImageDataset`.
         """
         for imgs, labels, indices, problems in self._batches():
+            watching.beat()
             self._warn_unreadable(indices, problems)
             yield imgs, labels, indices, torch.tensor([not problem for problem in problems])
 

@@ -1,10 +1,11 @@
 """Stopping a run: a first signal is acknowledged, then saves and stops; a second one kills."""
 
 import contextlib
+import ctypes
 import os
 import signal
+import threading
 import time
-from types import FrameType
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 # A scheduler signals every process of a run, and torchrun passes on what it gets: what arrives
@@ -18,6 +19,9 @@ class StopSignals:
     `training.Checkpoints` saves and stops after the update or the evaluation under way, once all
     processes agree. A second signal, after `SAME_REQUEST_SECONDS`, ends the process at once.
 
+    A thread hears them. Python runs a handler in the main thread only, which may wait for a process
+    that never comes.
+
     Attributes:
         received: the number of the signal that arrived; 0 before one has.
     """
@@ -26,25 +30,49 @@ class StopSignals:
         self.received = 0
 
     def __enter__(self) -> "StopSignals":
-        self._handlers = {number: signal.signal(number, self._receive) for number in SIGNALS}
+        self._heard = threading.Semaphore(0)
+        self._reader, writer = os.pipe()
+        os.set_blocking(writer, False)
+        self._writer = writer
+        self._thread = threading.Thread(target=self._listen, daemon=True)
+        self._thread.start()
+        self._before = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+        # A handler keeps a signal from its default, and the main thread until it is heard.
+        self._handlers = {
+            number: signal.signal(number, lambda *_: self._heard.acquire(timeout=1))
+            for number in SIGNALS
+        }
         return self
 
     def __exit__(self, *_: object) -> None:
         for number, handler in self._handlers.items():
             signal.signal(number, handler)
+        signal.set_wakeup_fd(self._before)
+        os.close(self._writer)
+        self._thread.join()
+        os.close(self._reader)
 
-    def _receive(self, number: int, _frame: FrameType | None) -> None:
-        now, name = time.monotonic(), signal.Signals(number).name
+    def _listen(self) -> None:
+        while byte := os.read(self._reader, 1):  # until the other end is closed
+            if byte[0] in SIGNALS:
+                self._receive(signal.Signals(byte[0]))
+                self._heard.release()
+
+    def _receive(self, number: signal.Signals) -> None:
+        now = time.monotonic()
         if not self.received:
             self.received, self._since = number, now
-            self._say(f"{name}: saving, then stopping; a second signal (after 2 s) ends the run")
+            self._say(
+                f"{number.name}: saving, then stopping; a second signal (after 2 s) ends the run"
+            )
         elif now - self._since > SAME_REQUEST_SECONDS:
-            self._say(f"{name}: ended by a second signal, without a save")
-            signal.signal(number, signal.SIG_DFL)
+            self._say(f"{number.name}: ended by a second signal, without a save")
+            # As signal.signal(number, SIG_DFL), which only the main thread may call.
+            ctypes.CDLL(None).signal(int(number), 0)
             os.kill(os.getpid(), number)
 
     def _say(self, text: str) -> None:
-        # Not by print: the code that the signal interrupts may hold the stream's buffer.
+        # Not by print: the main thread may hold the stream's buffer and wait.
         if os.environ.get("RANK", "0") == "0":
             with contextlib.suppress(OSError):  # Ctrl-C may have ended the reader, too
                 os.write(2, f"{text}\n".encode())

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 import util
-from util import distributed, optim
+from util import distributed, optim, watching
 from util.checkpoint import (
     BEST,
     LAST,
@@ -363,6 +363,7 @@ class Checkpoints:
     def save_last(self, state: TrainingState) -> None:
         """Renew `LAST`, after an epoch's last step: the evaluation that follows may fail."""
         self._save([LAST], state)
+        watching.at_long(f"the evaluation after epoch {state.epoch}")
 
     def keeps(self, epoch: int) -> bool:
         """Whether the epoch's checkpoint is kept under its number."""
@@ -392,6 +393,7 @@ class Checkpoints:
 
     def finish(self) -> None:
         """End a training; a UserError if its last checkpoint could not be written."""
+        watching.at_long("the end of the training")
         self._agree.settle()
         if not self._settle():
             raise UserError(
@@ -438,8 +440,9 @@ class Checkpoints:
                     f"{state.epoch}, no checkpoint is written"
                 )
         self._next_save = time.monotonic() + self.save_seconds
+        self.writer.wait()  # before the copy: there is memory for one
+        distributed.gather(None)  # the other processes wait here, where they may wait for long
         if self.process.is_main:
-            self.writer.wait()  # before the copy: there is memory for one
             try:
                 copies = tree_map_only(
                     Tensor, lambda tensor: tensor.to("cpu", non_blocking=True, copy=True), contents

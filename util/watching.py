@@ -1,0 +1,220 @@
+"""Whether the processes of a run go on; if they don't, which one is stuck or lost, and where.
+
+Every process notes where it is. A thread posts that in the store through which the processes found
+each other, and answers when another process asks. Asked is only where nothing has moved for as long
+as `--timeout_minutes`, or where a connection broke. A step waits for none of this.
+"""
+
+import contextlib
+import json
+import os
+import re
+import socket
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import torch.distributed as dist
+
+from util.errors import LostProcess, say
+
+# A save, an evaluation, the start and the end may take so many times as long as a step.
+PATIENCE = 10
+_POLL_SECONDS = 0.25
+_ANSWER_SECONDS = 3.0
+
+
+class _Progress:
+    """Where this process is, and since when."""
+
+    def __init__(self) -> None:
+        self.place = "the start"
+        self.patience = PATIENCE
+        self.saving = 0
+        self.since = time.monotonic()
+
+    def idle_seconds(self) -> float:
+        """The time without a sign of progress, divided by the patience that the place deserves."""
+        patience = PATIENCE if self.saving else self.patience
+        return (time.monotonic() - self.since) / patience
+
+
+_progress = _Progress()
+
+
+def at_step(epoch: int, step: int) -> None:
+    """Note that this process begins a step."""
+    _progress.place, _progress.patience = f"step {step} of epoch {epoch}", 1
+    beat()
+
+
+def at_long(place: str) -> None:
+    """Note that this process begins something that may take `PATIENCE` times as long."""
+    _progress.place, _progress.patience = place, PATIENCE
+    beat()
+
+
+def beat() -> None:
+    """Note that this process goes on, wherever it is."""
+    _progress.since = time.monotonic()
+
+
+@contextlib.contextmanager
+def saving() -> Iterator[None]:
+    """Within this context, also in another thread, a checkpoint is being written."""
+    beat()
+    _progress.saving += 1
+    try:
+        yield
+    finally:
+        _progress.saving -= 1
+        beat()
+
+
+class Watch:
+    """Within this context, processes tell each other where they are.
+
+    Where none has gone on for `timeout_seconds`, each ends with exit code 1, and one says why.
+
+    Args:
+        store: a client of the processes' store that nothing else uses.
+        rank, world_size: of this process.
+        timeout_seconds: how long nothing may move.
+    """
+
+    def __init__(
+        self, store: dist.Store, rank: int, world_size: int, timeout_seconds: float
+    ) -> None:
+        self.store = store
+        self.rank = rank
+        self.world_size = world_size
+        self.timeout_seconds = timeout_seconds
+        self._calls = 0
+        self._left = threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+
+    def __enter__(self) -> "Watch":
+        at_long("the start")
+        self._post()
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._left.set()
+        self._thread.join()
+
+    def lost(self, error: Exception) -> LostProcess:
+        """What to raise after an error of a connection: it names the process that is lost.
+
+        The text is empty in all processes but one.
+        """
+        # Without the place in gloo's source before it, and the guesses behind it.
+        reason = re.sub(r"^\[\S+\] ", "", str(error).splitlines()[0]).partition(". ")[0]
+        try:
+            answers = self._call()
+            text = f"{self._blame(answers)} ({reason}); {_ADVICE}"
+            return LostProcess(text if self._is_first_to_say() else "")
+        except RuntimeError:
+            return LostProcess(f"{_unreachable()} ({reason}); {_ADVICE}")
+
+    def _watch(self) -> None:
+        """The thread: post, answer, and look whether it is time to ask."""
+        interval = min(5.0, self.timeout_seconds / 10)
+        posted = ""
+        asked = time.monotonic()
+        while not self._left.wait(_POLL_SECONDS):
+            try:
+                if posted != _progress.place:
+                    posted = _progress.place
+                    self._post()
+                self._answer()
+                if self.store.check(["said"]):
+                    self._end()
+                is_time = time.monotonic() - asked > interval
+                if _progress.idle_seconds() > self.timeout_seconds and is_time:
+                    self._end_if_stuck()
+                    asked = time.monotonic()
+            except RuntimeError:  # the store is gone, and with it torchrun or the first process
+                if _progress.idle_seconds() > self.timeout_seconds:
+                    self._end(f"{_unreachable()}; this process was at {_progress.place}")
+
+    def _post(self) -> None:
+        self.store.set(f"seen/{self.rank}", json.dumps(self._report()))
+
+    def _report(self) -> dict[str, Any]:
+        return {
+            "place": _progress.place + ", saving" * (_progress.saving > 0),
+            "idle": _progress.idle_seconds(),
+            "host": socket.gethostname(),
+        }
+
+    def _answer(self) -> None:
+        while self.store.check([f"call/{self._calls}"]):
+            self.store.set(f"answer/{self._calls}/{self.rank}", json.dumps(self._report()))
+            self._calls += 1
+
+    def _call(self) -> dict[int, dict[str, Any]]:
+        """Every process's report, by rank, but for those whose thread does not answer."""
+        call = self._calls
+        self.store.set(f"call/{call}", "")
+        keys = {rank: f"answer/{call}/{rank}" for rank in range(self.world_size)}
+        if threading.current_thread() is self._thread:
+            self._answer()
+        end = time.monotonic() + _ANSWER_SECONDS
+        while time.monotonic() < end and not self.store.check(list(keys.values())):
+            time.sleep(_POLL_SECONDS / 5)
+        there = {rank: key for rank, key in keys.items() if self.store.check([key])}
+        return {rank: json.loads(self.store.get(key)) for rank, key in there.items()}
+
+    def _end_if_stuck(self) -> None:
+        answers = self._call()
+        if len(answers) < self.world_size:
+            answers = self._call() | answers  # one that was only slow answers now
+        if any(answer["idle"] < 0.9 * self.timeout_seconds for answer in answers.values()):
+            return
+        minutes = f"{self.timeout_seconds / 60:g} minutes"
+        text = f"{self._blame(answers)}; nothing has moved for {minutes} (--timeout_minutes)"
+        self._end(text if self._is_first_to_say() else "")
+
+    def _blame(self, answers: dict[int, dict[str, Any]]) -> str:
+        """Where the processes that the rest waits for were last seen."""
+        silent = [rank for rank in range(self.world_size) if rank not in answers]
+        reports = answers | {rank: json.loads(self.store.get(f"seen/{rank}")) for rank in silent}
+        blamed, fate = silent, "answers no more"
+        if not silent:
+            # Who waits moved last: whom they wait for has been idle for longest.
+            longest = max(answer["idle"] for answer in answers.values())
+            blamed = [rank for rank, answer in answers.items() if answer["idle"] == longest]
+            fate = "does not go on"
+        texts = [
+            f"rank {rank} on {reports[rank]['host']} {fate}, last seen at {reports[rank]['place']}"
+            for rank in blamed[:8]
+        ]
+        if len(blamed) > 8:
+            texts.append(f"{len(blamed) - 8} more")
+        rest = {report["place"] for rank, report in reports.items() if rank not in blamed}
+        waiting = f", the rest at {' and '.join(sorted(rest)[:3])}" if rest else ""
+        return ", ".join(texts) + waiting
+
+    def _is_first_to_say(self) -> bool:
+        """Whether no process has said yet that one is stuck or lost."""
+        own = str(self.rank)
+        return self.store.compare_set("said", "", own).decode() == own
+
+    def _end(self, text: str = "") -> None:
+        if text:
+            say(f"error: {text}; {_ADVICE}", sys.stderr)
+        else:
+            time.sleep(2)  # torchrun ends all processes as soon as one has ended
+        # The main thread waits for another process and hears nothing.
+        os._exit(1)
+
+
+_ADVICE = "the same command continues from the last checkpoint"
+
+
+def _unreachable() -> str:
+    address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+    return f"the first process, or its torchrun, can't be reached at {address}"
