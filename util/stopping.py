@@ -48,14 +48,16 @@ class StopSignals:
         for number, handler in self._handlers.items():
             signal.signal(number, handler)
         signal.set_wakeup_fd(self._before)
-        os.close(self._writer)
+        os.write(self._writer, b"\0")
         self._thread.join()
+        os.close(self._writer)
         os.close(self._reader)
 
     def _listen(self) -> None:
-        while byte := os.read(self._reader, 1):  # until the other end is closed
-            if byte[0] in SIGNALS:
-                self._receive(signal.Signals(byte[0]))
+        # Until a 0, and not until the other end is closed: forked workers hold that, too.
+        while number := os.read(self._reader, 1)[0]:
+            if number in SIGNALS:
+                self._receive(signal.Signals(number))
                 self._heard.release()
 
     def _receive(self, number: signal.Signals) -> None:
