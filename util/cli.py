@@ -14,6 +14,11 @@ from typing import Any, NoReturn
 from util.distributed import Process
 from util.errors import LostProcess, UserError
 
+KILLED_WORKER = (
+    "a worker, a process that loads images, was killed, most likely as memory ran out: repeat the "
+    "command with a lower --num_workers; a training continues from its last checkpoint"
+)
+
 
 class ArgumentParser(argparse.ArgumentParser):
     """A parser that shows every default in --help and reports errors in one line."""
@@ -38,7 +43,7 @@ class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescrip
 def run(main: Callable[[argparse.Namespace], None], parser: argparse.ArgumentParser) -> None:
     """Run a command; errors that are not ours become one line on stderr.
 
-    Exit codes: 2 after a user's error, 1 if another process is gone, 130 after Ctrl-C.
+    Exit codes: 2 after a user's error, 1 if another process or a worker is gone, 130 after Ctrl-C.
     """
     try:
         main(parser.parse_args())
@@ -49,6 +54,11 @@ def run(main: Callable[[argparse.Namespace], None], parser: argparse.ArgumentPar
     except LostProcess as error:
         if str(error):
             print(f"error: {error}", file=sys.stderr)
+        sys.exit(1)
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        print(f"error: {KILLED_WORKER}", file=sys.stderr)
         sys.exit(1)
     except KeyboardInterrupt:
         sys.exit(130)

@@ -388,27 +388,15 @@ def block_loader(
 
 
 def map_in_order(dataset: torch.utils.data.Dataset, num_workers: int) -> Iterator[Any]:
-    """A dataset's items in their order, made by `num_workers` processes, an item a worker ahead.
-
-    Raises:
-        UserError: a worker was killed.
-    """
-    try:
-        yield from torch.utils.data.DataLoader(
-            dataset,
-            batch_size=None,
-            num_workers=num_workers,
-            prefetch_factor=1 if num_workers else None,
-            multiprocessing_context=worker_context(num_workers),
-            worker_init_fn=_leave_interrupts_to_the_main_process,
-        )
-    except RuntimeError as error:
-        if "DataLoader worker" not in str(error):
-            raise
-        raise UserError(
-            "a worker was killed, most likely as memory ran out: repeat the command with a lower "
-            "--num_workers"
-        ) from error
+    """A dataset's items in their order, made by `num_workers` processes, an item a worker ahead."""
+    yield from torch.utils.data.DataLoader(
+        dataset,
+        batch_size=None,
+        num_workers=num_workers,
+        prefetch_factor=1 if num_workers else None,
+        multiprocessing_context=worker_context(num_workers),
+        worker_init_fn=_leave_interrupts_to_the_main_process,
+    )
 
 
 def worker_context(num_workers: int) -> str | None:
