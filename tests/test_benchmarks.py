@@ -13,7 +13,7 @@ from helpers import CPU, FORKS, ROOT, photograph
 from PIL import Image
 from torch import nn
 
-from benchmarks import data_loading, gpu, report, sides, table, train_step, whole_run
+from benchmarks import data_loading, gpu, report, scaling, sides, table, train_step, whole_run
 from benchmarks.sides import Setting
 from util.distributed import Process
 from util.errors import UserError
@@ -375,6 +375,63 @@ def test_the_busy_process_ends_with_its_turn():
 
 def test_the_page_has_the_tables_that_the_results_make():
     assert table.PAGE.read_text() == table.page(), "run python -m benchmarks.table"
+
+
+# ---- scaling on paper
+
+
+COUNTED = json.loads((report.RESULTS / "memory.json").read_text())["results"]
+
+
+def forward_flop(blocks, tokens, width):
+    return blocks * (24 * tokens * width**2 + 4 * tokens**2 * width)
+
+
+@pytest.mark.parametrize(
+    "task, model, parameters, forward",
+    [
+        (
+            "pretrain",
+            "mae_vit_base_patch16",
+            111_907_840 - 197 * (768 + 512),  # less the fixed tables of positions
+            forward_flop(12, 50, 768) + forward_flop(8, 197, 512),  # 49 of 196 patches are seen
+        ),
+        ("finetune", "vit_base_patch16", 86_567_656, forward_flop(12, 197, 768)),
+        ("finetune", "vit_large_patch16", 304_326_632, forward_flop(24, 197, 1024)),
+        ("finetune", "vit_huge_patch14", 632_045_800, forward_flop(32, 257, 1280)),
+    ],
+)
+def test_scaling_is_of_the_published_sizes_and_of_operations_by_hand(
+    task, model, parameters, forward
+):
+    """The blocks' operations, three times the forward pass; the other layers are the rest."""
+    figures = COUNTED[task][model]
+    assert scaling.gradient_bytes(figures) == 4 * parameters
+    assert scaling.flop(figures) == pytest.approx(3 * forward, rel=0.03)
+
+
+@pytest.mark.parametrize(
+    "gpus, cluster, compute, reduce_, added",
+    [
+        # 64 x 58.8 GFLOP at 395.6 TFLOP/s. 447 MB x 126 / 64 at 320 GB/s, and 18 buckets' starts;
+        # one of them, 26.2 MB, is left over when the backward pass ends.
+        (64, scaling.INFINIBAND, 9.52e-3, 2.748e-3 + 0.9e-3, 0.161e-3 + 0.05e-3),
+        # 512 x 58.8 GFLOP. 447 MB x 14 / 8 at 360 GB/s.
+        (8, scaling.ETHERNET, 76.1e-3, 2.171e-3 + 0.9e-3, 0.1274e-3 + 0.05e-3),
+        # 447 MB x 126 / 64 at 2.5 GB/s, of which 6.34 ms are hidden.
+        (64, scaling.ETHERNET, 9.52e-3, 351.7e-3 + 0.9e-3, 346.3e-3),
+    ],
+)
+def test_a_step_of_base_by_hand(gpus, cluster, compute, reduce_, added):
+    base = COUNTED["pretrain"]["mae_vit_base_patch16"]
+    figures = scaling.step(base, 4096 // gpus, gpus, cluster)
+    assert figures == pytest.approx((compute, reduce_, added), rel=2e-3)
+
+
+def test_the_page_has_the_section_that_scaling_makes():
+    page = scaling.PAGE.read_text()
+    written = page.partition(scaling.START)[2].partition(scaling.END)[0]
+    assert written == scaling.section(), "run python -m benchmarks.scaling"
 
 
 # ---- make gpu
