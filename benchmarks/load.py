@@ -12,10 +12,13 @@ of its own, with a model of a few pixels and --num_workers 2:
 - one epoch over all files, which saves every 20 seconds;
 - many epochs over a hundredth of them, each with a save, held-out images and a k-NN.
 
-Memory and open files are read from /proc, from outside, at log lines. Memory is of the main process
-or of its workers, without the pages of files, which the kernel can drop: a page that several
-processes share counts in parts. A straight line is fitted to it, but for the first tenth, which
-warms up. It is flat if the line rises by less than the values scatter about it.
+Memory and open files are read from /proc, from outside, at log lines. Memory is what is resident in
+the main process, and in its workers, without the pages of files, which the kernel can drop. Forked
+workers share pages with the main process, so their sum is more than they take; "shared once" counts
+such a page in parts, and grows while they write to pages that were shared. A straight line is
+fitted to each, but for the first tenth of the steps, which warms up. Memory is called flat if that
+line rises by less than the values scatter about it, or by less than 1 MiB: the allocator takes
+memory in pieces, and one piece more is no trend.
 """
 
 import contextlib
@@ -43,6 +46,7 @@ from util.survey import survey
 CLASSES, KINDS = 100, 16
 SAVE_SECONDS = 20
 HELD_OUT = 500
+PIECE_MIB = 1
 MODEL = "--model mae_vit_nano_patch4 --input_size 16 --device cpu --num_workers 2"
 STEP = re.compile(r"epoch (\d+)/\d+ +step (\d+)/(\d+) ")
 
@@ -201,8 +205,8 @@ def watch(data_path, batch_size, epochs, log_every, *flags):
     """A run's memory and open files at its log lines.
 
     Returns:
-        a dict of seconds; samples, some of what was read; and for the memory of "main" and
-        "workers" what `fit` returns.
+        a dict of seconds, steps and epochs; samples, some of what was read; open_files, all their
+        numbers; and lines, what `fit` returns for the memory of "main" and of "workers".
     """
     samples = []
     started = time.perf_counter()
@@ -226,7 +230,13 @@ def watch(data_path, batch_size, epochs, log_every, *flags):
         "epochs": epochs,
         "samples": [sample for index, sample in enumerate(samples) if index in shown],
         "open_files": sorted({sample["open_files"] for sample in fitted}),
-        "line": fit([sample["step"] for sample in fitted], [sample["mib"] for sample in fitted]),
+        "lines": {
+            whose: fit(
+                [sample["step"] for sample in fitted],
+                [sample[f"mib_of_{whose}"] for sample in fitted],
+            )
+            for whose in ("main", "workers")
+        },
     }
 
 
@@ -237,20 +247,24 @@ def look_at(pid):
         for child in file.read_text().split():
             with contextlib.suppress(FileNotFoundError, ProcessLookupError):
                 processes.append(memory_and_files(child))
-    mib, files = zip(*processes, strict=True)
+    resident, proportional, files = zip(*processes, strict=True)
     return {
-        "mib": round(sum(mib), 2),
-        "mib_of_workers": round(sum(mib[1:]), 2),
+        "mib_of_main": round(resident[0], 2),
+        "mib_of_workers": round(sum(resident[1:]), 2),
+        "mib_shared_once": round(sum(proportional), 2),
         "workers": len(processes) - 1,
         "open_files": sum(files),
     }
 
 
 def memory_and_files(pid):
-    """A process's memory in MiB, and its number of open files."""
+    """A process's memory in MiB, the same with shared pages in parts, and its open files."""
+    status = Path(f"/proc/{pid}/status").read_text()
     rollup = Path(f"/proc/{pid}/smaps_rollup").read_text()
-    kib = sum(map(int, re.findall(r"^Pss_(?:Anon|Shmem): +(\d+) kB", rollup, re.MULTILINE)))
-    return kib / 1024, len(os.listdir(f"/proc/{pid}/fd"))
+    resident = re.findall(r"^Rss(?:Anon|Shmem):\s+(\d+) kB", status, re.MULTILINE)
+    proportional = re.findall(r"^Pss_(?:Anon|Shmem):\s+(\d+) kB", rollup, re.MULTILINE)
+    mib, mib_in_parts = (sum(map(int, kib)) / 1024 for kib in (resident, proportional))
+    return mib, mib_in_parts, len(os.listdir(f"/proc/{pid}/fd"))
 
 
 def fit(steps, mib):
@@ -258,7 +272,7 @@ def fit(steps, mib):
 
     Returns:
         a dict of kib_per_1000_steps, with its standard error; rise_mib, the line's over all steps;
-        scatter_mib, twice the standard deviation about the line; and whether it is flat.
+        scatter_mib, twice the standard deviation about it; and is_flat, see above.
     """
     (slope, start), covariance = np.polyfit(steps, mib, 1, cov=True)
     rise = float(slope) * (steps[-1] - steps[0])
@@ -268,7 +282,7 @@ def fit(steps, mib):
         "standard_error": round(1024 * 1000 * math.sqrt(covariance[0, 0]), 1),
         "rise_mib": round(rise, 2),
         "scatter_mib": round(scatter, 2),
-        "is_flat": abs(rise) <= scatter,
+        "is_flat": abs(rise) <= max(scatter, PIECE_MIB),
     }
 
 

@@ -151,17 +151,19 @@ def load_tables(report):
     tables = [markdown([*head, "found", "surveyed"], rows, report)]
     for run in ("one epoch", "many epochs"):
         figures = results[run]
-        samples, line = figures["samples"], figures["line"]
+        samples = figures["samples"]
         epochs = "1 epoch" if figures["epochs"] == 1 else f"{figures['epochs']} epochs"
         head = [f"{epochs}; after step", *(f"{sample['step']:,}" for sample in samples)]
-        head += ["KiB per 1,000 steps", "rise and scatter, MiB", "flat"]
-        slope = f"{line['kib_per_1000_steps']:.0f} ± {line['standard_error']:.0f}"
-        rise = f"{line['rise_mib']:.1f}, {line['scatter_mib']:.1f}"
-        memory = ["MiB", *(f"{sample['mib']:.0f}" for sample in samples)]
-        rows = [
-            [*memory, slope, rise, "yes" if line["is_flat"] else "no"],
-            ["open files", *(f"{sample['open_files']}" for sample in samples)],
-        ]
+        head += ["KiB per 1,000 steps", "rise, MiB", "scatter, MiB", "flat"]
+        rows = []
+        for whose, line in figures["lines"].items():
+            slope = f"{line['kib_per_1000_steps']:.1f} ± {line['standard_error']:.1f}"
+            rise, scatter = (f"{line[name]:.2f}" for name in ("rise_mib", "scatter_mib"))
+            memory = [f"{sample[f'mib_of_{whose}']:.1f}" for sample in samples]
+            flat = "yes" if line["is_flat"] else "no"
+            rows.append([f"MiB, {whose}", *memory, slope, rise, scatter, flat])
+        rows.append(["MiB, shared once", *(f"{s['mib_shared_once']:.1f}" for s in samples)])
+        rows.append(["open files", *(f"{sample['open_files']}" for sample in samples)])
         tables.append(markdown(head, rows, report))
     return "\n".join(tables)
 
