@@ -79,7 +79,11 @@ def page():
     steps = [r for name, r in reports.items() if name.startswith(("pretrain_", "finetune_"))]
     steps.sort(key=lambda report: (report["task"] != "pretrain", -report["gflop_per_image"]))
     tables = [step_table(report) for report in steps]
-    for benchmark, make in (("data_loading", loading_table), ("whole_run", whole_run_table)):
+    for benchmark, make in (
+        ("data_loading", loading_table),
+        ("whole_run", whole_run_table),
+        ("load", load_tables),
+    ):
         tables += [make(report) for name, report in reports.items() if name.startswith(benchmark)]
     has_gpu = any("cuda" in name for name in reports)
     introduction = INTRODUCTION.format(no_gpu="" if has_gpu else " No GPU results yet.")
@@ -134,6 +138,34 @@ def whole_run_table(report):
     quiet += ["", spread(results["share_lost"], ".1%"), f"{results['data_wait']['median']:.1%}"]
     busy += [spread(results["busy_to_quiet"])]
     return markdown(head, rows, report)
+
+
+def load_tables(report):
+    """How long a run takes to start; memory and open files over the steps of two runs."""
+    results = report["results"]
+    head = [f"{report['files']:,} files on {report['file_system']}; seconds until", "first step"]
+    rows = [
+        [kind, *(f"{seconds:.1f}" for seconds in figures.values())]
+        for kind, figures in results["starts"].items()
+    ]
+    tables = [markdown([*head, "found", "surveyed"], rows, report)]
+    for run in ("one epoch", "many epochs"):
+        figures = results[run]
+        samples = figures["samples"]
+        epochs = "1 epoch" if figures["epochs"] == 1 else f"{figures['epochs']} epochs"
+        head = [f"{epochs}; after step", *(f"{sample['step']:,}" for sample in samples)]
+        head += ["KiB per 1,000 steps", "rise, MiB", "scatter, MiB", "flat"]
+        rows = []
+        for whose, line in figures["lines"].items():
+            slope = f"{line['kib_per_1000_steps']:.1f} ± {line['standard_error']:.1f}"
+            rise, scatter = (f"{line[name]:.2f}" for name in ("rise_mib", "scatter_mib"))
+            memory = [f"{sample[f'mib_of_{whose}']:.1f}" for sample in samples]
+            flat = "yes" if line["is_flat"] else "no"
+            rows.append([f"MiB, {whose}", *memory, slope, rise, scatter, flat])
+        rows.append(["MiB, shared once", *(f"{s['mib_shared_once']:.1f}" for s in samples)])
+        rows.append(["open files", *(f"{sample['open_files']}" for sample in samples)])
+        tables.append(markdown(head, rows, report))
+    return "\n".join(tables)
 
 
 def memory_page():

@@ -1,6 +1,8 @@
 """The benchmarks' arithmetic, by hand, and every side's first steps."""
 
 import json
+import mmap
+import os
 import subprocess
 import sys
 from contextlib import nullcontext
@@ -13,7 +15,17 @@ from helpers import CPU, FORKS, ROOT, photograph
 from PIL import Image
 from torch import nn
 
-from benchmarks import data_loading, gpu, report, sides, table, train_step, whole_run
+from benchmarks import (
+    data_loading,
+    gpu,
+    load,
+    report,
+    scaling,
+    sides,
+    table,
+    train_step,
+    whole_run,
+)
 from benchmarks.sides import Setting
 from util.distributed import Process
 from util.errors import UserError
@@ -375,6 +387,134 @@ def test_the_busy_process_ends_with_its_turn():
 
 def test_the_page_has_the_tables_that_the_results_make():
     assert table.PAGE.read_text() == table.page(), "run python -m benchmarks.table"
+
+
+# ---- load
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_load_writes_what_it_has_seen_of_real_runs(tmp_path, monkeypatch, capsys):
+    """But packing and starting, which take longer than a test should, are left out."""
+    starts = {"folder": dict(zip("abc", (7, 2, 1), strict=True)), "tar shards": {"a": 6}}
+    monkeypatch.setattr(report, "RESULTS", tmp_path)
+    monkeypatch.setattr(load, "pack", lambda images, shards: 0.5)
+    monkeypatch.setattr(load, "measure_starts", lambda folder, batch_size: starts)
+    flags = "--files 100 --steps 25 --epochs 4".split()
+    load.main(load.get_args_parser().parse_args(flags))
+    written = json.loads((tmp_path / "load.json").read_text())
+    assert written["batch_size"] == 4
+    for run, epochs, steps in (("one epoch", 1, 25), ("many epochs", 4, 16)):
+        figures = written["results"][run]
+        assert (figures["epochs"], figures["steps"]) == (epochs, steps)
+        for sample in figures["samples"]:
+            assert sample["workers"] >= 1
+            assert sample["open_files"] >= 6  # of two processes at least
+            assert sample["mib_of_main"] > 50
+            assert sample["mib_of_workers"] > 50
+            assert sample["mib_shared_once"] > 50
+    assert table.load_tables(written) in capsys.readouterr().out
+
+
+def test_a_list_has_the_first_files_and_all_that_are_held_out(tmp_path):
+    load.make_images(tmp_path / "images", 150)
+    load.list_images(tmp_path / "images", tmp_path / "part", 30)
+    assert len(ImagePaths(tmp_path / "images" / "train")) == 150
+    train, val = (ImagePaths(tmp_path / "part" / f"{split}.txt") for split in ("train", "val"))
+    assert [train[0], train[29]] == [
+        f"{tmp_path}/images/train/000/000000.jpg",
+        f"{tmp_path}/images/train/029/000029.png",
+    ]
+    assert (len(train), len(val)) == (30, 150)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_what_a_process_and_its_child_take_more(tmp_path):
+    """64 MiB, a file, two pipes, and the child's own."""
+    before = load.look_at(os.getpid())
+    held = mmap.mmap(-1, 2**26)  # the allocator may have as much left
+    held.write(b"1" * len(held))
+    pipes = dict.fromkeys(("stdin", "stdout"), subprocess.PIPE)
+    with open(tmp_path / "a", "w"), subprocess.Popen("cat", bufsize=0, **pipes) as child:
+        child.stdin.write(b"line\n")
+        child.stdout.readline()  # it has started
+        after = load.look_at(os.getpid())
+        child_files = load.memory_and_files(child.pid)[-1]
+        child.stdin.close()
+    assert after["workers"] == before["workers"] + 1
+    assert after["open_files"] == before["open_files"] + 1 + 2 + child_files  # pipes
+    for memory in ("mib_of_main", "mib_shared_once"):
+        assert after[memory] - before[memory] == pytest.approx(64, abs=16)
+    assert 0 < after["mib_of_workers"] - before["mib_of_workers"] < 16
+
+
+def test_memory_that_grows_is_not_flat():
+    """2 MiB per 1,000 steps, and one more or less about the line."""
+    steps = [*range(0, 10_000, 100)]
+    noise = [(-1) ** index for index in range(100)]
+    level = load.fit(steps, [100 + y for y in noise])
+    assert level["is_flat"]
+    assert level["scatter_mib"] == pytest.approx(2, abs=0.01)
+    rising = load.fit(steps, [100 + step / 500 + y for step, y in zip(steps, noise, strict=True)])
+    assert not rising["is_flat"]
+    assert rising["kib_per_1000_steps"] == pytest.approx(2048, rel=0.02)
+    assert rising["rise_mib"] == pytest.approx(19.8, rel=0.02)
+
+
+# ---- scaling on paper
+
+
+COUNTED = json.loads((report.RESULTS / "memory.json").read_text())["results"]
+
+
+def forward_flop(blocks, tokens, width):
+    return blocks * (24 * tokens * width**2 + 4 * tokens**2 * width)
+
+
+@pytest.mark.parametrize(
+    "task, model, parameters, forward",
+    [
+        (
+            "pretrain",
+            "mae_vit_base_patch16",
+            111_907_840 - 197 * (768 + 512),  # less the fixed tables of positions
+            forward_flop(12, 50, 768) + forward_flop(8, 197, 512),  # 49 of 196 patches are seen
+        ),
+        ("finetune", "vit_base_patch16", 86_567_656, forward_flop(12, 197, 768)),
+        ("finetune", "vit_large_patch16", 304_326_632, forward_flop(24, 197, 1024)),
+        ("finetune", "vit_huge_patch14", 632_045_800, forward_flop(32, 257, 1280)),
+    ],
+)
+def test_scaling_is_of_the_published_sizes_and_of_operations_by_hand(
+    task, model, parameters, forward
+):
+    """The blocks' operations, three times the forward pass; the other layers are the rest."""
+    figures = COUNTED[task][model]
+    assert scaling.gradient_bytes(figures) == 4 * parameters
+    assert scaling.flop(figures) == pytest.approx(3 * forward, rel=0.03)
+
+
+@pytest.mark.parametrize(
+    "gpus, cluster, compute, reduce_, added",
+    [
+        # 64 x 58.8 GFLOP at 395.6 TFLOP/s. 447 MB x 126 / 64 at 320 GB/s, and 18 buckets' starts;
+        # one of them, 26.2 MB, is left over when the backward pass ends.
+        (64, scaling.INFINIBAND, 9.52e-3, 2.748e-3 + 0.9e-3, 0.161e-3 + 0.05e-3),
+        # 512 x 58.8 GFLOP. 447 MB x 14 / 8 at 360 GB/s.
+        (8, scaling.ETHERNET, 76.1e-3, 2.171e-3 + 0.9e-3, 0.1274e-3 + 0.05e-3),
+        # 447 MB x 126 / 64 at 2.5 GB/s, of which 6.34 ms are hidden.
+        (64, scaling.ETHERNET, 9.52e-3, 351.7e-3 + 0.9e-3, 346.3e-3),
+    ],
+)
+def test_a_step_of_base_by_hand(gpus, cluster, compute, reduce_, added):
+    base = COUNTED["pretrain"]["mae_vit_base_patch16"]
+    figures = scaling.step(base, 4096 // gpus, gpus, cluster)
+    assert figures == pytest.approx((compute, reduce_, added), rel=2e-3)
+
+
+def test_the_page_has_the_section_that_scaling_makes():
+    page = scaling.PAGE.read_text()
+    written = page.partition(scaling.START)[2].partition(scaling.END)[0]
+    assert written == scaling.section(), "run python -m benchmarks.scaling"
 
 
 # ---- make gpu
