@@ -1,0 +1,89 @@
+"""TensorBoard's event files, in which a full disk or a folder that goes away loses nothing."""
+
+import io
+import itertools
+import os
+import socket
+import time
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+from tensorboard.compat.proto.summary_pb2 import Summary
+from tensorboard.summary.writer.record_writer import RecordWriter
+from torch.utils.tensorboard.summary import image, scalar
+
+from util.errors import warn
+
+SECONDS_BETWEEN_WRITES = 30
+_numbers = itertools.count()  # of this process's files, which can be begun in the same second
+
+
+class EventFile:
+    """A run's file of events. Events that can't be written now are kept, and written later.
+
+    tensorboard's own writer has a thread that dies of a full disk. Its error then comes up in the
+    training, or its close hangs. This one appends to the file every `SECONDS_BETWEEN_WRITES`.
+
+    Args:
+        folder: the file's, which must exist.
+        purge_step: TensorBoard drops what older files have at this x and beyond.
+    """
+
+    def __init__(self, folder: str | Path, purge_step: int) -> None:
+        place = f"{int(time.time()):010d}.{socket.gethostname()}.{os.getpid()}.{next(_numbers)}"
+        self._path = Path(folder) / f"events.out.tfevents.{place}"
+        self._size = 0  # how much of the file is whole
+        self._kept = io.BytesIO()
+        self._has_failed = False
+        self._next_write = 0.0
+        self._add(Event(file_version="brain.Event:2"))
+        self._add(Event(step=purge_step, session_log=SessionLog(status=SessionLog.START)))
+        self._start = self._kept.getvalue()
+        self.flush()
+
+    def scalar(self, tag: str, value: float, x: int) -> None:
+        """Add a value of a curve."""
+        self._add_summary(scalar(tag, value), x)
+
+    def picture(self, tag: str, picture: Image.Image, x: int) -> None:
+        """Add a picture."""
+        self._add_summary(image(tag, np.asarray(picture), dataformats="HWC"), x)
+
+    def flush(self) -> None:
+        """Write what is not written yet. The first failure is a warning."""
+        self._next_write = time.monotonic() + SECONDS_BETWEEN_WRITES
+        content = self._kept.getvalue()
+        try:
+            if self._size and not self._path.exists():  # its folder was removed, and made again
+                self._size, content = 0, self._start + content
+            with open(self._path, "ab") as file:  # which makes no folder
+                file.truncate(self._size)  # an event may have been cut off
+                file.write(content)
+        except OSError as error:
+            if not self._has_failed:
+                warn(
+                    f"{self._path.parent} can't take TensorBoard's events: {error.strerror}; "
+                    "they are kept until it can"
+                )
+            self._has_failed = True
+        else:
+            self._size += len(content)
+            self._kept = io.BytesIO()
+            self._has_failed = False
+
+    def close(self) -> None:
+        """Write what is left, or say that it is lost."""
+        self.flush()
+        if self._has_failed:
+            warn(f"{self._path.parent} lacks TensorBoard's last events, which are lost")
+
+    def _add_summary(self, summary: Summary, x: int) -> None:
+        self._add(Event(summary=summary, step=x))
+        if time.monotonic() >= self._next_write:
+            self.flush()
+
+    def _add(self, event: Event) -> None:
+        event.wall_time = time.time()
+        RecordWriter(self._kept).write(event.SerializeToString())
