@@ -354,7 +354,8 @@ def _reason_of_system(error: Exception) -> str:
 
 def _reason(error: BaseException) -> str:
     """A line on an error of a loader. torch's own advises to run the code in the file."""
-    text = str(error)
+    # It may quote the file, which can hold codes for terminals.
+    text = "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in str(error))
     unknown = re.search(r"Unsupported global: GLOBAL (\S+)", text)
     if unknown:
         return f"it holds {unknown[1]}, and no code in it is run: save only the model's weights"

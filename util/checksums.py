@@ -118,19 +118,19 @@ def check_archive(file: IO[bytes], whole: bool = True) -> list[int] | None:
         archive = zipfile.ZipFile(file)
         infos = archive.infolist()
         _check_directory(archive, size)
-        for info in infos:
-            if info.filename.endswith(".pkl"):
-                _check_pickle(archive.read(info))
         if not whole or not ours:
             chosen = (i for i in infos if whole or not _VALUES.fullmatch(i.filename))
             _check_entries(archive, chosen)
         elif _crc32(file, 0, size - 8) != int(ours[1], 16):
             _check_entries(archive, infos)
             raise Damaged("bytes beside its entries don't match its checksum")
+        for info in infos:
+            if info.filename.endswith(".pkl"):
+                _check_pickle(archive.read(info))
     except (Damaged, OSError, MemoryError):
         raise
     except Exception as error:  # zipfile raises anything on damaged bytes
-        raise Damaged(f"its directory can't be read ({error})") from error
+        raise Damaged(f"its directory can't be read ({error!r:.80})") from error
     return [info.file_size for info in infos]
 
 
