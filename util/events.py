@@ -10,13 +10,11 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 from tensorboard.compat.proto.event_pb2 import Event, SessionLog
-from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.summary.writer.record_writer import RecordWriter
 from torch.utils.tensorboard.summary import image, scalar
 
 from util.errors import warn
 
-SECONDS_BETWEEN_WRITES = 30
 _numbers = itertools.count()  # of this process's files, which can be begun in the same second
 
 
@@ -24,7 +22,7 @@ class EventFile:
     """A run's file of events. Events that can't be written now are kept, and written later.
 
     tensorboard's own writer has a thread that dies of a full disk. Its error then comes up in the
-    training, or its close hangs. This one appends to the file every `SECONDS_BETWEEN_WRITES`.
+    training, or its close hangs. This one appends to the file at once.
 
     Args:
         folder: the file's, which must exist.
@@ -37,23 +35,35 @@ class EventFile:
         self._size = 0  # how much of the file is whole
         self._kept = io.BytesIO()
         self._has_failed = False
-        self._next_write = 0.0
         self._add(Event(file_version="brain.Event:2"))
         self._add(Event(step=purge_step, session_log=SessionLog(status=SessionLog.START)))
         self._start = self._kept.getvalue()
-        self.flush()
+        self._write()
 
-    def scalar(self, tag: str, value: float, x: int) -> None:
-        """Add a value of a curve."""
-        self._add_summary(scalar(tag, value), x)
+    def scalars(self, x: int, values: dict[str, float]) -> None:
+        """Add values of curves, by their tags."""
+        for tag, value in values.items():
+            self._add(Event(summary=scalar(tag, value), step=x))
+        self._write()
 
-    def picture(self, tag: str, picture: Image.Image, x: int) -> None:
+    def picture(self, x: int, tag: str, picture: Image.Image) -> None:
         """Add a picture."""
-        self._add_summary(image(tag, np.asarray(picture), dataformats="HWC"), x)
+        summary = image(tag, np.asarray(picture), dataformats="HWC")
+        self._add(Event(summary=summary, step=x))
+        self._write()
 
-    def flush(self) -> None:
+    def close(self) -> None:
+        """Write what could not be written, or say that it is lost."""
+        self._write()
+        if self._has_failed:
+            warn(f"{self._path.parent} lacks TensorBoard's last events, which are lost")
+
+    def _add(self, event: Event) -> None:
+        event.wall_time = time.time()
+        RecordWriter(self._kept).write(event.SerializeToString())
+
+    def _write(self) -> None:
         """Write what is not written yet. The first failure is a warning."""
-        self._next_write = time.monotonic() + SECONDS_BETWEEN_WRITES
         content = self._kept.getvalue()
         try:
             if self._size and not self._path.exists():  # its folder was removed, and made again
@@ -72,18 +82,3 @@ class EventFile:
             self._size += len(content)
             self._kept = io.BytesIO()
             self._has_failed = False
-
-    def close(self) -> None:
-        """Write what is left, or say that it is lost."""
-        self.flush()
-        if self._has_failed:
-            warn(f"{self._path.parent} lacks TensorBoard's last events, which are lost")
-
-    def _add_summary(self, summary: Summary, x: int) -> None:
-        self._add(Event(summary=summary, step=x))
-        if time.monotonic() >= self._next_write:
-            self.flush()
-
-    def _add(self, event: Event) -> None:
-        event.wall_time = time.time()
-        RecordWriter(self._kept).write(event.SerializeToString())

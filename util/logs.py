@@ -83,20 +83,18 @@ class RunLog:
     def scalars(self, x: float, values: dict[str, float]) -> None:
         """TensorBoard scalars by tag; x is 1000 x epoch, so that runs of any batch size compare."""
         if self.process.is_main:
-            for tag, value in values.items():
-                self._events.scalar(tag, value, int(x))
+            self._events.scalars(int(x), values)
 
     def picture(self, epoch: float, tag: str, picture: Image.Image) -> None:
         """A picture in TensorBoard."""
         if self.process.is_main:
-            self._events.picture(tag, picture, int(1000 * epoch))
+            self._events.picture(int(1000 * epoch), tag, picture)
 
     def epoch(self, record: dict[str, Any]) -> None:
         """An epoch's entries as one JSON line in log.txt; its losses on the console too."""
         losses = [f"{name} {value:.4f}" for name, value in record.items() if "loss" in name]
         self.line(f"epoch {record['epoch']}/{self.epochs}  done  {'  '.join(losses)}")
         if self.process.is_main:
-            self._events.flush()
             self._log_file.add(record)
 
 
