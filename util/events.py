@@ -22,7 +22,7 @@ class EventFile:
     """A run's file of events. Events that can't be written now are kept, and written later.
 
     tensorboard's own writer has a thread that dies of a full disk. Its error then comes up in the
-    training, or its close hangs. This one appends to the file at once.
+    training, or its close hangs. This one appends to the file in `flush`.
 
     Args:
         folder: the file's, which must exist.
@@ -37,40 +37,34 @@ class EventFile:
         self._has_failed = False
         self._add(Event(file_version="brain.Event:2"))
         self._add(Event(step=purge_step, session_log=SessionLog(status=SessionLog.START)))
-        self._start = self._kept.getvalue()
-        self._write()
+        self._start, self._kept = self._kept.getvalue(), io.BytesIO()
+        self.flush()
 
     def scalars(self, x: int, values: dict[str, float]) -> None:
         """Add values of curves, by their tags."""
         for tag, value in values.items():
             self._add(Event(summary=scalar(tag, value), step=x))
-        self._write()
 
     def picture(self, x: int, tag: str, picture: Image.Image) -> None:
         """Add a picture."""
         summary = image(tag, np.asarray(picture), dataformats="HWC")
         self._add(Event(summary=summary, step=x))
-        self._write()
 
     def close(self) -> None:
-        """Write what could not be written, or say that it is lost."""
-        self._write()
+        """Write what is left, or say that it is lost."""
+        self.flush()
         if self._has_failed:
             warn(f"{self._path.parent} lacks TensorBoard's last events, which are lost")
 
-    def _add(self, event: Event) -> None:
-        event.wall_time = time.time()
-        RecordWriter(self._kept).write(event.SerializeToString())
-
-    def _write(self) -> None:
+    def flush(self) -> None:
         """Write what is not written yet. The first failure is a warning."""
-        content = self._kept.getvalue()
         try:
-            if self._size and not self._path.exists():  # its folder was removed, and made again
-                self._size, content = 0, self._start + content
+            is_there = self._path.exists()  # not if its folder was removed, and made again
             with open(self._path, "ab") as file:  # which makes no folder
-                file.truncate(self._size)  # an event may have been cut off
-                file.write(content)
+                file.truncate(self._size if is_there else 0)  # an event may have been cut off
+                file.seek(0, os.SEEK_END)
+                file.write((b"" if is_there else self._start) + self._kept.getvalue())
+                size = file.tell()
         except OSError as error:
             if not self._has_failed:
                 warn(
@@ -79,6 +73,10 @@ class EventFile:
                 )
             self._has_failed = True
         else:
-            self._size += len(content)
+            self._size = size
             self._kept = io.BytesIO()
             self._has_failed = False
+
+    def _add(self, event: Event) -> None:
+        event.wall_time = time.time()
+        RecordWriter(self._kept).write(event.SerializeToString())

@@ -85,6 +85,11 @@ class RunLog:
         if self.process.is_main:
             self._events.scalars(int(x), values)
 
+    def flush(self) -> None:
+        """Write what TensorBoard got so far."""
+        if self.process.is_main:
+            self._events.flush()
+
     def picture(self, epoch: float, tag: str, picture: Image.Image) -> None:
         """A picture in TensorBoard."""
         if self.process.is_main:
@@ -95,6 +100,7 @@ class RunLog:
         losses = [f"{name} {value:.4f}" for name, value in record.items() if "loss" in name]
         self.line(f"epoch {record['epoch']}/{self.epochs}  done  {'  '.join(losses)}")
         if self.process.is_main:
+            self._events.flush()
             self._log_file.add(record)
 
 
@@ -299,6 +305,7 @@ class Meter:
     ) -> None:
         progress = self.epoch + (self._step + 1) / self.steps
         log.scalars(1000 * progress, figures)
+        log.flush()
         norm = f"grad norm {figures['grad_norm']:.3g}  " if "grad_norm" in figures else ""
         status = (
             f"loss {figures[log.tag]:.4f}  lr {figures['lr']:.2e}  {norm}"
