@@ -5,7 +5,6 @@ cover, such as padding and headers, is covered by one of the whole file, in the 
 .safetensors has one in its metadata.
 """
 
-import mmap
 import os
 import re
 import struct
@@ -25,9 +24,10 @@ NO_SUM = "0" * 8  # in the place of a checksum while it is computed
 _COMMENT = b"mae crc32 "  # and 8 digits: the archive's comment, with which the file ends
 _END = rb"PK\x05\x06.{16}"  # an archive's end record, up to the comment's length
 _END_OF_OURS = re.compile(
-    _END + re.escape(struct.pack("<H", len(_COMMENT) + 8) + _COMMENT) + rb"([0-9a-f]{8})", re.DOTALL
+    _END + re.escape(struct.pack("<H", len(_COMMENT) + 8) + _COMMENT) + rb"([0-9a-f]{8})\Z",
+    re.DOTALL,
 )
-_END_OF_OTHERS = re.compile(_END + rb"\0\0", re.DOTALL)
+_END_OF_OTHERS = re.compile(_END + rb"\0\0\Z", re.DOTALL)
 # A pickle's call of this takes as much memory as it asks for. torch allows it, and never writes it.
 _BYTEARRAY = re.compile(rb"c(builtins|__builtin__)\nbytearray\n")
 _VALUES = re.compile(r"[^/]*/data/\d+")  # the entries of an archive that are tensors' storages
@@ -105,19 +105,21 @@ def check_archive(file: IO[bytes], whole: bool = True) -> list[int] | None:
     """
     start = file.read(4)
     size = file.seek(0, os.SEEK_END)
-    file.seek(max(0, size - 22 - len(_COMMENT) - 8))
+    file.seek(max(0, size - 200))
     end = file.read()
-    ours = _END_OF_OURS.fullmatch(end)
-    if not ours and not _END_OF_OTHERS.fullmatch(end[-22:]):
+    ours = _END_OF_OURS.search(end)
+    last = ours or _END_OF_OTHERS.search(end)
+    if last is None:
         if start == b"PK\x03\x04":
             raise ValueError("its end is missing or damaged")
-        with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
-            _check_pickle(content)
+        _check_legacy(file)
         return None
     try:
         archive = zipfile.ZipFile(file)
         infos = archive.infolist()
-        _check_directory(archive, size)
+        if _place_of_directory(end, last.start(), size) != archive.start_dir:
+            raise Damaged("its directory is not where its end says")
+        _check_directory(infos, size)
         if not whole or not ours:
             chosen = (i for i in infos if whole or not _VALUES.fullmatch(i.filename))
             _check_entries(archive, chosen)
@@ -134,27 +136,44 @@ def check_archive(file: IO[bytes], whole: bool = True) -> list[int] | None:
     return [info.file_size for info in infos]
 
 
-def _check_directory(archive: zipfile.ZipFile, size: int) -> None:
+def _place_of_directory(end: bytes, last: int, size: int) -> int | None:
+    """Where torch's reader finds the directory. zipfile's looks elsewhere in a hostile file.
+
+    Args:
+        end: the file's last bytes.
+        last: the end record's place in them.
+        size: the file's.
+
+    Returns:
+        the place in the file; None if it can't be torch's file.
+    """
+    (place,) = struct.unpack_from("<I", end, last + 16)
+    if end[max(0, last - 20) :].startswith(b"PK\x06\x07"):  # there is a record of 64 bits
+        (record,) = struct.unpack_from("<Q", end, last - 12)
+        if record != size - len(end) + last - 76:
+            return None
+        (place,) = struct.unpack_from("<Q", end, last - 28)
+    return place
+
+
+def _check_directory(infos: list[zipfile.ZipInfo], size: int) -> None:
     """Refuse, with `Damaged`, what torch never writes and what would take memory or time."""
-    infos = archive.infolist()
     for info in infos:
         if info.compress_type != zipfile.ZIP_STORED or info.compress_size != info.file_size:
             raise Damaged(f"its entry {info.filename!r} is compressed, which torch never does")
     if sum(info.file_size for info in infos) > size:
         raise Damaged("its entries are said to be larger than the file")
-    # torch's reader takes the directory's place from the end record, zipfile does not.
-    file = archive.fp
-    assert file is not None
-    file.seek(archive.start_dir)
-    directory = file.read()
-    (place,) = struct.unpack_from("<I", directory, directory.rindex(b"PK\x05\x06") + 16)
-    if place == 0xFFFFFFFF:
-        (place,) = struct.unpack_from("<Q", directory, directory.rindex(b"PK\x06\x06") + 48)
-    if place != archive.start_dir:
-        raise Damaged("its directory is not where its end says")
 
 
-def _check_pickle(content: bytes | mmap.mmap) -> None:
+def _check_legacy(file: IO[bytes]) -> None:
+    file.seek(0)
+    last = b""
+    while chunk := file.read(CHUNK):
+        _check_pickle(last + chunk)
+        last = chunk[-40:]
+
+
+def _check_pickle(content: bytes) -> None:
     if _BYTEARRAY.search(content):
         raise Damaged("it holds a bytearray, which can take any amount of memory")
 
