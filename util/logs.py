@@ -155,10 +155,7 @@ class LogFile:
             self._is_current = True
         except OSError as error:
             self._is_current = False
-            warn(
-                f"{self.path} is not up to date: {error.strerror or error}; the next epoch's end "
-                "writes what is missing"
-            )
+            warn(f"{self.path} is not up to date: {error.strerror or error}")
 
 
 class Meter:
