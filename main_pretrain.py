@@ -41,7 +41,7 @@ from util import (
     training,
     visualize,
 )
-from util.errors import warn
+from util.errors import UserError, warn
 from util.lr_sched import make_schedule
 from util.seeding import derive_seed
 
@@ -280,10 +280,9 @@ def pretrain(args, process, amp_dtype):
         checkpoints.finish()
         saved = process.is_main and exporting.save_encoder(args.output_dir, model, about)
         saved = distributed.gather(saved)[0]  # no process leaves before the file is whole
-    log.line(
-        f"done: {args.epochs} epochs, see {args.output_dir}"
-        + (f", encoder in {saved}" if saved else "")
-    )
+        if not saved:
+            raise UserError("the training is done and saved, but no encoder, see the warning")
+    log.line(f"done: {args.epochs} epochs, see {args.output_dir}, encoder in {saved}")
 
 
 def take_decoder_sizes(args, origin):

@@ -11,6 +11,7 @@ unmasked images; for these, the checkpoint may also be an encoder's or a classif
 draws the losses, learning rate and accuracies of trainings by epoch.
 """
 
+import io
 from pathlib import Path
 
 import util.threads  # noqa: F401  before torch, whose threads it sets
@@ -36,7 +37,7 @@ from util import (
     pretrained,
     visualize,
 )
-from util.checkpoint import load_checkpoint
+from util.checkpoint import load_checkpoint, write_whole
 from util.errors import UserError
 
 
@@ -229,10 +230,13 @@ def check_picture(file, flag):
 
 
 def save(picture, file, flag):
+    content = io.BytesIO()
     try:
-        picture.save(file)
+        picture.save(content, Image.registered_extensions()[Path(file).suffix.lower()])
+        write_whole(Path(file), content.getvalue())
     except (OSError, ValueError) as error:
-        raise UserError(f"--{flag} {file} can't be written: {error}") from error
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"--{flag} {file} can't be written: {reason}") from error
 
 
 def build_autoencoder(contents, path, *, model, input_size, norm_pix_loss, in_chans):

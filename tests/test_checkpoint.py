@@ -196,7 +196,8 @@ def test_a_file_that_cannot_be_read_now_stops_the_run(
     message = user_error(lambda: pretrain(pretrain_flags | {"save_every": 1, "epochs": 1}))
     reason = {"permission": "Permission denied", "disk": "Input/output error"}
     assert message == (
-        f"checkpoint {unreadable} can't be read: {reason.get(failure, 'MemoryError')}"
+        f"checkpoint {unreadable} can't be read: {reason.get(failure, 'MemoryError')}; it may be "
+        "whole, so mend that and repeat the command"
     )
     assert contents.items() <= {p.name: p.read_bytes() for p in out_dir.iterdir()}.items()
 

@@ -18,12 +18,11 @@ from urllib.parse import urlsplit
 import safetensors.torch
 import torch
 
-from util import conversion, libraries, watching
+from util import checksums, conversion, libraries, watching
 from util.errors import UserError, warn
 
 LAST = "checkpoint-last.pth"
 BEST = "checkpoint-best.pth"
-SAFETENSORS_ENTRY = "mae"  # of a .safetensors file's metadata
 # What data parallelism, torch.compile and training frameworks put in front of all keys.
 WRAPPERS = ("module.", "_orig_mod.", "model.", "encoder.", "backbone.", "timm_model.")
 
@@ -39,7 +38,12 @@ def save_checkpoint(path: str | Path, contents: dict[str, Any]) -> None:
         OSError: they could not be written; the old file is untouched.
     """
     with _replacing(Path(path)) as temporary, open(temporary, "wb") as file:
-        torch.save(contents, file)
+        archive = checksums.SummedArchive(file)
+        try:
+            torch.save(contents, archive)
+            archive.finish()
+        except RuntimeError as error:  # torch's own, of positions in the file
+            raise archive.error or error from error
         file.flush()
         os.fsync(file.fileno())
 
@@ -112,21 +116,23 @@ def _replacing(path: Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
         yield temporary
         os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:  # torch.save raises either when a disk is full
+    except (OSError, RuntimeError) as error:
         with contextlib.suppress(OSError):
             temporary.unlink()
-        raise OSError(f"{path} could not be written: {error}") from error
+        failed = OSError(f"{path} could not be written: {_reason_of_system(error)}")
+        failed.strerror = _reason_of_system(error)
+        raise failed from error
     _sync_folder(path.parent)
 
 
-def write_whole(path: Path, content: bytes) -> None:
-    """Write a small file so that it holds all of `content`, or what it held before.
+def write_whole(path: Path, *parts: bytes | memoryview) -> None:
+    """Write a file so that it holds these parts, or what it held before.
 
     Raises:
         OSError: it could not be written.
     """
     with _replacing(path) as temporary, open(temporary, "wb") as file:
-        file.write(content)
+        file.writelines(parts)
         file.flush()
         os.fsync(file.fileno())
 
@@ -142,18 +148,19 @@ def save_safetensors(path: Path, weights: dict[str, torch.Tensor], about: dict[s
         OSError: the file could not be written.
     """
     tensors = {name: weight.detach().cpu().contiguous() for name, weight in weights.items()}
-    metadata = {"format": "pt", SAFETENSORS_ENTRY: json.dumps(about)}
-    write_whole(path, safetensors.torch.save(tensors, metadata))
+    entries = {checksums.ABOUT: json.dumps(about), checksums.CHECKSUM: checksums.NO_SUM}
+    content = safetensors.torch.save(tensors, {"format": "pt"} | entries)
+    write_whole(path, *checksums.with_checksum(content))
 
 
 def _sync_folder(folder: Path) -> None:
     """Make a rename in `folder` outlive a power cut, where the file system can promise that."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        with contextlib.suppress(OSError):  # some network file systems refuse
+    with contextlib.suppress(OSError):  # some network file systems refuse, or we may not read it
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
             os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 def load_checkpoint(path: str | Path, mmap: bool = False) -> dict[str, Any]:
@@ -260,43 +267,59 @@ def _read_folder(folder: Path) -> dict[str, Any]:
     return contents
 
 
-def _read(path: str, mmap: bool = False) -> Any:
-    """What is in a local file."""
-    if mmap:
-        with contextlib.suppress(Exception):  # a disk that fails or can't map seems torn, too
-            return _read_mapped(path)
+def _read(path: str, mmap: bool = False, whole: bool = True) -> Any:
+    """What is in a local file; unless `whole`, damage in tensors' values is not noticed."""
     try:
         if not os.path.isfile(path):
             os.stat(path)  # says what is wrong, unless it is a folder
             raise UserError(f"checkpoint {path} is no file")
-        return _unpickle(path)
+        return _load(path, mmap, whole)
     except FileNotFoundError as error:
         raise UserError(f"checkpoint {path} does not exist") from error
     except UserError:
         raise
+    except checksums.Damaged as error:
+        raise TornCheckpoint(f"{path} is damaged: {error}") from error
     except Exception as error:  # the loaders raise anything on damaged files
         if _cannot_read_now(error):
-            reason = getattr(error, "strerror", None) or _reason(error)
-            raise UserError(f"checkpoint {path} can't be read: {reason}") from error
+            reason = _reason_of_system(error)
+            raise UserError(
+                f"checkpoint {path} can't be read: {reason}; it may be whole, so mend that and "
+                "repeat the command"
+            ) from error
         raise TornCheckpoint(f"{path} is torn or not a checkpoint: {_reason(error)}") from error
 
 
-def _unpickle(path: str) -> Any:
-    if path.endswith(".safetensors"):
-        return _read_safetensors(path)
-    # From a Python file, so that a failing disk is an OSError and not torch's RuntimeError.
-    with torch.serialization.safe_globals([argparse.Namespace]), open(path, "rb") as file:
-        return torch.load(file, map_location="cpu", weights_only=True)
+def _load(path: str, mmap: bool = False, whole: bool = True) -> Any:
+    # From a Python file, so that a failing disk is an OSError and not torch's RuntimeError. The
+    # check also reads what will be mapped: it stays in the page cache, and a disk that fails is an
+    # error here and not a SIGBUS when the values are used.
+    with open(path, "rb") as file:
+        if path.endswith(".safetensors"):
+            checksums.check_safetensors(file)
+            return _load_safetensors(path)
+        sizes = checksums.check_archive(file, whole)
+        contents = _load_mapped(path) if mmap and sizes is not None else None
+        if contents is None:
+            file.seek(0)
+            with torch.serialization.safe_globals([argparse.Namespace]):
+                contents = torch.load(file, map_location="cpu", weights_only=True)
+        checksums.check_tensors(contents, sizes, os.path.getsize(path))
+        return contents
 
 
-def _read_safetensors(path: str) -> dict[str, Any]:
+def _load_safetensors(path: str) -> dict[str, Any]:
     with safetensors.safe_open(path, "pt") as file:
-        about = json.loads((file.metadata() or {}).get(SAFETENSORS_ENTRY, "{}"))
+        about = json.loads((file.metadata() or {}).get(checksums.ABOUT, "{}"))
     return {**about, "model": safetensors.torch.load_file(path)}
 
 
-def _read_mapped(path: str) -> Any:
-    with torch.serialization.safe_globals([argparse.Namespace]):
+def _load_mapped(path: str) -> Any:
+    """The contents of an archive, mapped; None where it can't be, as on some file systems."""
+    with (
+        contextlib.suppress(Exception),
+        torch.serialization.safe_globals([argparse.Namespace]),
+    ):
         return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
 
 
@@ -315,7 +338,7 @@ def _download(address: str) -> Any:
         if not file.exists():
             file.parent.mkdir(parents=True, exist_ok=True)
             torch.hub.download_url_to_file(address, str(file))
-        return _unpickle(str(file))
+        return _load(str(file))
     except OSError as error:
         reason = getattr(error, "reason", None) or _reason(error)
         raise UserError(f"{address} can't be downloaded: {reason}") from error
@@ -326,9 +349,14 @@ def _download(address: str) -> Any:
         ) from error
 
 
+def _reason_of_system(error: Exception) -> str:
+    return getattr(error, "strerror", None) or _reason(error)
+
+
 def _reason(error: BaseException) -> str:
     """A line on an error of a loader. torch's own advises to run the code in the file."""
-    text = str(error)
+    # It may quote the file, which can hold codes for terminals.
+    text = "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in str(error))
     unknown = re.search(r"Unsupported global: GLOBAL (\S+)", text)
     if unknown:
         return f"it holds {unknown[1]}, and no code in it is run: save only the model's weights"
@@ -355,21 +383,35 @@ def find_checkpoint(
         return None
     if resume != "auto":
         return load_checkpoint(resume, mmap), resume
-    candidates = checkpoints_in(output_dir)
-    for path in sorted(candidates, key=sort_key, reverse=True):
+    damaged: list[TornCheckpoint] = []
+    for path in sorted(checkpoints_in(output_dir), key=sort_key, reverse=True):
         try:
-            return load_checkpoint(path, mmap), path
+            contents = load_checkpoint(path, mmap)
         except TornCheckpoint as error:
-            warn(f"{error}; trying an older checkpoint")
-    if candidates:
-        raise UserError(f"{output_dir} has no whole checkpoint: use --resume none to start anew")
+            damaged.append(error)
+            continue
+        for reason in damaged:
+            warn(f"{reason}; {path} is used instead")
+        return contents, path
+    if damaged:
+        raise UserError(
+            f"{output_dir} has no whole checkpoint ({'; '.join(map(str, damaged))}): restore one "
+            "from a copy, or use --resume none to start anew"
+        )
     return None
 
 
 def checkpoints_in(output_dir: str | Path) -> list[Path]:
-    """The checkpoints of a training in output_dir; files with similar names are left out."""
+    """The checkpoints of a training in output_dir; files with similar names are left out.
+
+    Raises:
+        UserError: the folder can't be read.
+    """
     names = re.compile(r"checkpoint-(last|best|\d+)\.pth")
-    return sorted(path for path in Path(output_dir).iterdir() if names.fullmatch(path.name))
+    try:
+        return sorted(path for path in Path(output_dir).iterdir() if names.fullmatch(path.name))
+    except OSError as error:
+        raise UserError(f"{output_dir} can't be read: {error.strerror}") from error
 
 
 def sort_key(path: Path) -> tuple[float, float, bool]:
@@ -379,7 +421,7 @@ def sort_key(path: Path) -> tuple[float, float, bool]:
     finished. Torn files come last, so that they are tried and reported; other projects' come first.
     """
     try:
-        contents = _read(str(path), mmap=True)
+        contents = _read(str(path), mmap=True, whole=False)
     except TornCheckpoint:
         return math.inf, 0, False
     match contents:

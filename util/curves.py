@@ -3,11 +3,13 @@
 matplotlib draws them. It is an optional library, imported only here.
 """
 
+import io
 import json
 import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from util.checkpoint import write_whole
 from util.errors import UserError, warn
 
 if TYPE_CHECKING:
@@ -133,9 +135,12 @@ def save(output_dirs: list[str], output: str | Path) -> None:
     """
     figure = draw(read_runs(output_dirs))
     formats = figure.canvas.get_supported_filetypes()
-    if Path(output).suffix.lower().removeprefix(".") not in formats:
+    suffix = Path(output).suffix.lower().removeprefix(".")
+    if suffix not in formats:
         raise UserError(f"--output {output} has no suffix of an image format: use .png")
+    content = io.BytesIO()
+    figure.savefig(content, dpi=100, format=suffix)
     try:
-        figure.savefig(output, dpi=100)
+        write_whole(Path(output), content.getvalue())
     except OSError as error:
-        raise UserError(f"--output {output} can't be written: {error}") from error
+        raise UserError(f"--output {output} can't be written: {error.strerror}") from error

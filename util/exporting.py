@@ -279,7 +279,8 @@ def write_folder(output: Path, folder: Folder, about: dict[str, Any], card: str)
                 raise
             _fill(output, temporary)  # a mounted volume, which can't be replaced
     except OSError as error:
-        raise UserError(f"--output {output} can't be written: {error}") from error
+        reason = error.strerror or error
+        raise UserError(f"--output {output} can't be written: {reason}") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 

@@ -26,12 +26,14 @@ def lock(output_dir: str | Path, process: distributed.Process) -> Iterator[None]
             try:
                 file = stack.enter_context(open(Path(output_dir) / ".lock", "a+b", buffering=0))
                 fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                file.truncate(0)
-                file.write(f"process {os.getpid()} on {socket.gethostname()}\n".encode())
+                with contextlib.suppress(OSError):  # on a full disk it says nothing, and holds
+                    file.truncate(0)
+                    file.write(f"process {os.getpid()} on {socket.gethostname()}\n".encode())
             except BlockingIOError:
                 file.seek(0)
+                holder = " ".join(file.read().decode(errors="replace").split()) or "unknown"
                 problem = (
-                    f"another run ({file.read().decode().strip()}) is using {output_dir}: stop it, "
+                    f"another run ({holder}) is using {output_dir}: stop it, "
                     "or choose another --output_dir"
                 )
             except OSError as error:

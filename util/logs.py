@@ -1,8 +1,8 @@
 """What a run shows and leaves: console lines or a progress bar, log.txt, TensorBoard, eval.json."""
 
+import contextlib
 import json
 import math
-import os
 import resource
 import sys
 import time
@@ -11,15 +11,15 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from util import distributed
+from util.checkpoint import write_whole
 from util.errors import NotFinite, UserError, say, warn
+from util.events import EventFile
 from util.image_files import Images
 from util.loading import MAX_UNREADABLE_SHARE, MIN_UNREADABLE, Batch, ImageLoader
 from util.training import TrainingState
@@ -52,35 +52,26 @@ class RunLog:
         self.epochs = epochs
         self.tag = tag
         self.show_bar = process.is_main and sys.stdout.isatty() and sys.stderr.isatty()
+        problem = None
         if process.is_main:
-            self._log_file = Path(output_dir) / "log.txt"
-            self._remove_lines_from(state.epoch)
-            # TensorBoard drops what an earlier writer logged at this x and beyond it.
+            try:
+                self._log_file = LogFile(Path(output_dir) / "log.txt", state.epoch)
+            except UserError as error:
+                problem = str(error)
+        if problem := distributed.gather(problem)[0]:
+            raise UserError(problem)
+        if process.is_main:
+            # TensorBoard drops what an earlier run logged at this x and beyond it.
             start = int(1000 * (state.epoch + state.step / len(loader)))
-            purge_step = start + 1 if start else 0
-            self._tensorboard = SummaryWriter(log_dir or output_dir, purge_step=purge_step)
+            self._events = EventFile(log_dir or output_dir, start + 1 if start else 0)
 
     def __enter__(self) -> "RunLog":
         return self
 
     def __exit__(self, *_: object) -> None:
         if self.process.is_main:
-            self._tensorboard.close()
-
-    def _remove_lines_from(self, first_epoch: int) -> None:
-        """Remove the lines of epochs that will run again, and one torn by a crash."""
-        if not self._log_file.exists():
-            return
-        kept = []
-        for line in self._log_file.read_text(errors="replace").splitlines(keepends=True):
-            try:
-                if line.endswith("\n") and json.loads(line)["epoch"] < first_epoch:
-                    kept.append(line)
-            except (ValueError, KeyError, TypeError):
-                continue
-        temporary = self._log_file.with_suffix(".tmp")
-        temporary.write_text("".join(kept))
-        os.replace(temporary, self._log_file)
+            self._log_file.close()
+            self._events.close()
 
     def line(self, text: str) -> None:
         """A line on the console, beside the progress bar if there is one."""
@@ -92,26 +83,79 @@ class RunLog:
     def scalars(self, x: float, values: dict[str, float]) -> None:
         """TensorBoard scalars by tag; x is 1000 x epoch, so that runs of any batch size compare."""
         if self.process.is_main:
-            for tag, value in values.items():
-                self._tensorboard.add_scalar(tag, value, int(x))
+            self._events.scalars(int(x), values)
+
+    def flush(self) -> None:
+        """Write what TensorBoard got so far."""
+        if self.process.is_main:
+            self._events.flush()
 
     def picture(self, epoch: float, tag: str, picture: Image.Image) -> None:
         """A picture in TensorBoard."""
         if self.process.is_main:
-            pixels = np.asarray(picture)
-            self._tensorboard.add_image(tag, pixels, int(1000 * epoch), dataformats="HWC")
+            self._events.picture(int(1000 * epoch), tag, picture)
 
     def epoch(self, record: dict[str, Any]) -> None:
         """An epoch's entries as one JSON line in log.txt; its losses on the console too."""
         losses = [f"{name} {value:.4f}" for name, value in record.items() if "loss" in name]
         self.line(f"epoch {record['epoch']}/{self.epochs}  done  {'  '.join(losses)}")
         if self.process.is_main:
-            try:
-                self._tensorboard.flush()
-                with open(self._log_file, "a") as file:
-                    file.write(json.dumps(record) + "\n")
-            except OSError as error:
-                warn(f"{self._log_file} lacks epoch {record['epoch']}: {error.strerror}")
+            self._events.flush()
+            self._log_file.add(record)
+
+
+class LogFile:
+    """log.txt, one JSON line an epoch. Lines that can't be written are written with the next.
+
+    Args:
+        path: the file, which may be there.
+        first_epoch: lines of this epoch and later ones are removed, as it will run again, and so
+            is one torn by a crash.
+
+    Raises:
+        UserError: the file can't be read.
+    """
+
+    def __init__(self, path: Path, first_epoch: int) -> None:
+        self.path = path
+        self._text = ""  # all that the file is to hold
+        try:
+            if path.exists() and not path.is_file():
+                raise UserError(f"{path} is no file: move it away")
+            content = path.read_text(errors="replace") if path.exists() else ""
+        except OSError as error:
+            raise UserError(
+                f"{path} can't be read: {error.strerror}; make it readable, or move it away"
+            ) from error
+        for line in content.splitlines(keepends=True):
+            with contextlib.suppress(ValueError, KeyError, TypeError):
+                if line.endswith("\n") and json.loads(line)["epoch"] < first_epoch:
+                    self._text += line
+        self._is_current = self._text == content
+        if not self._is_current:
+            self._write("")
+
+    def add(self, record: dict[str, Any]) -> None:
+        """Add an epoch's line."""
+        self._write(json.dumps(record) + "\n")
+
+    def close(self) -> None:
+        """Write the lines that are missing, if there are any."""
+        if not self._is_current:
+            self._write("")
+
+    def _write(self, line: str) -> None:
+        self._text += line
+        try:
+            if self._is_current and self.path.exists():
+                with open(self.path, "a") as file:
+                    file.write(line)
+            else:  # it lacks lines, or ends in half a line
+                write_whole(self.path, self._text.encode())
+            self._is_current = True
+        except OSError as error:
+            self._is_current = False
+            warn(f"{self.path} is not up to date: {error.strerror or error}")
 
 
 class Meter:
@@ -261,6 +305,7 @@ class Meter:
     ) -> None:
         progress = self.epoch + (self._step + 1) / self.steps
         log.scalars(1000 * progress, figures)
+        log.flush()
         norm = f"grad norm {figures['grad_norm']:.3g}  " if "grad_norm" in figures else ""
         status = (
             f"loss {figures[log.tag]:.4f}  lr {figures['lr']:.2e}  {norm}"
@@ -317,9 +362,10 @@ def report_evaluation(
         say(accuracy_line(figures), sys.stdout)
         rounded = {name: round(value, 3) for name, value in figures.items()}
         try:
-            (Path(output_dir) / "eval.json").write_text(json.dumps(about | rounded) + "\n")
+            content = json.dumps(about | rounded) + "\n"
+            write_whole(Path(output_dir) / "eval.json", content.encode())
         except OSError as error:
-            raise UserError(f"{output_dir}/eval.json can't be written: {error.strerror}") from error
+            raise UserError(str(error)) from error
 
 
 def report_predictions(

@@ -3,7 +3,6 @@
 import contextlib
 import itertools
 import math
-import shutil
 import signal
 import sys
 import time
@@ -28,6 +27,7 @@ from util.checkpoint import (
     find_checkpoint,
     load_checkpoint,
     sort_key,
+    write_whole,
 )
 from util.errors import NotFinite, UserError, say, warn
 from util.flags import CHANGES_STEPS
@@ -275,10 +275,14 @@ class Checkpoints:
         for path in [*newer, *([log] if log.is_file() and log.stat().st_size else [])]:
             numbered = (path.with_name(f"{path.name}.old{n or ''}") for n in itertools.count())
             old = next(name for name in numbered if not name.exists())
-            if path == log:
-                shutil.copyfile(log, old)
-            else:
-                path.rename(old)
+            try:
+                if path == log:
+                    write_whole(old, log.read_bytes())
+                else:
+                    path.rename(old)
+            except OSError as error:
+                reason = error.strerror or error
+                raise UserError(f"{path} can't be kept as {old.name}: {reason}") from error
             warn(f"--resume {resume}: what {path} was is kept as {old.name}")
 
     def _check_same_training(
