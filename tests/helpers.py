@@ -126,11 +126,11 @@ def runner(command):
     return lambda flags: command.main(command.get_args_parser().parse_args(command_line(flags)))
 
 
-def start_fresh(script, flags, processes=1, **popen):
-    """Start a script as users do, by Python or torchrun; returns a Popen."""
+def start_fresh(script, flags, processes=1, torchrun=("--standalone",), **popen):
+    """Start a script as users do, by Python or torchrun with these flags; returns a Popen."""
     launcher = [sys.executable]
     if processes > 1:
-        launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+        launcher += ["-m", "torch.distributed.run", *torchrun, f"--nproc_per_node={processes}"]
     return subprocess.Popen(
         [*launcher, str(ROOT / script), *command_line(flags)],
         cwd=ROOT,
@@ -162,9 +162,13 @@ class ForkedScript:
             "TORCHELASTIC_USE_AGENT_STORE": "True",
             "TORCHELASTIC_RESTART_COUNT": "0",
         }
+        self._logs = tempfile.TemporaryDirectory()
+        attempt = Path(self._logs.name) / "attempt_0"
+        attempt.mkdir()
         self._ranks = []
         for rank in map(str, range(processes)):
             environment |= {"RANK": rank, "LOCAL_RANK": rank}
+            environment |= {"TORCHELASTIC_ERROR_FILE": str(attempt / rank / "error.json")}
             outputs = (writer, self._stderr.name)
             self._ranks.append(FORKS.Process(target=run_here, args=(argv, environment, *outputs)))
             self._ranks[-1].start()

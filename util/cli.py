@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from util.distributed import Process
-from util.errors import UserError
+from util.errors import UserError, say_error
 
 
 class ArgumentParser(argparse.ArgumentParser):
@@ -24,7 +24,7 @@ class ArgumentParser(argparse.ArgumentParser):
         self._negative_number_matcher = re.compile(r"-\.?\d")
 
     def error(self, message: str) -> NoReturn:
-        print(f"error: {message} (see {self.prog} --help)", file=sys.stderr)
+        say_error(f"{message} (see {self.prog} --help)")
         sys.exit(2)
 
 
@@ -40,8 +40,7 @@ def run(main: Callable[[argparse.Namespace], None], parser: argparse.ArgumentPar
     try:
         main(parser.parse_args())
     except UserError as error:
-        rank = os.environ.get("RANK", "0")
-        print(f"error: {'' if rank == '0' else f'[rank {rank}] '}{error}", file=sys.stderr)
+        say_error(str(error))
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)

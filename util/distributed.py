@@ -5,6 +5,8 @@ A plain `python main_*.py` is the case of one process; no process group is made 
 
 import contextlib
 import os
+import time
+import uuid
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -101,7 +103,13 @@ def process_group(device: str, timeout_minutes: float = 30) -> Iterator[Process]
     process = Process(rank, world_size, selected, timedelta(minutes=timeout_minutes))
     backend = "nccl" if process.device.type == "cuda" else "gloo"
     with _explain_gloo() if backend == "gloo" else contextlib.nullcontext():
-        dist.init_process_group(backend, timeout=process.timeout)
+        dist.init_process_group(
+            backend,
+            store=_store_of_this_attempt(process),
+            rank=rank,
+            world_size=world_size,
+            timeout=process.timeout,
+        )
     leaving_together = False
     try:
         yield process
@@ -119,6 +127,44 @@ def process_group(device: str, timeout_minutes: float = 30) -> Iterator[Process]
                 dist.barrier()
         if leaving_together or backend == "gloo":
             dist.destroy_process_group()
+
+
+def _store_of_this_attempt(process: Process) -> dist.Store:
+    """A store to meet in, which no process of an earlier attempt has written to.
+
+    torchrun's store outlives an attempt. In it gloo and NCCL would read the addresses of dead
+    processes (https://github.com/pytorch/pytorch/issues/135712, 167288). Its count of restarts
+    tells no attempts apart: each node has its own. So rank 0 makes up a name for this attempt,
+    and gives it to those who ask for it under names of their own, which nobody has had before. A
+    dead process's question may still lie there, but only a living process confirms the answer.
+
+    Raises:
+        UserError: a process doesn't come within the timeout.
+    """
+    store, _, _ = next(dist.rendezvous("env://", timeout=process.timeout))
+    store = dist.PrefixStore("attempts", store)
+    name = uuid.uuid4().hex
+    deadline = time.monotonic() + process.timeout.total_seconds()
+    missing = set(range(1, process.world_size)) if process.is_main else {0}
+    if not process.is_main:
+        store.set(f"question/{process.rank}", name)
+    while missing:
+        if process.is_main:
+            for rank in missing:
+                if store.check([f"question/{rank}"]):
+                    store.set(f"answer/{store.get(f'question/{rank}').decode()}", name)
+            missing = {rank for rank in missing if not store.check([f"{name}/{rank}"])}
+        elif store.check([f"answer/{name}"]):
+            name = store.get(f"answer/{name}").decode()
+            store.set(f"{name}/{process.rank}", "")
+            missing = set()
+        if missing and time.monotonic() > deadline:
+            raise UserError(
+                f"rank {', '.join(map(str, sorted(missing)))} didn't start within "
+                f"{process.timeout.total_seconds() / 60:g} minutes: see what its machine says"
+            )
+        time.sleep(0.05)
+    return dist.PrefixStore(name, store)
 
 
 @contextlib.contextmanager
