@@ -48,8 +48,8 @@ if __name__ == "__main__":
     dying(dist, "PrefixStore", "store")  # it knows torchrun's store, and has not written to it
     dying(distributed, "_store_of_this_attempt", "met", after=True)
     dying(dist, "init_process_group", "connected", after=True)
-    dying(training.Checkpoints, "save_if_due", "step", skip=7)
-    dying(torch, "save", "save", after=True, skip=8)  # written, and not renamed yet
+    dying(training.Checkpoints, "save_if_due", "step", skip=4)
+    dying(torch, "save", "save", after=True, skip=6)  # written, and not renamed yet
     dying(main_pretrain, "evaluate", "evaluation", skip=1)
     dying(training.Checkpoints, "finish", "finished", after=True)
     dying(dist, "destroy_process_group", "left", after=True)
