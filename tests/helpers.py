@@ -148,7 +148,7 @@ class ForkedScript:
     outputs; what torchrun does besides starting them is missing.
     """
 
-    def __init__(self, script, flags, processes=1):
+    def __init__(self, script, flags, processes=1, environment=()):
         reader, writer = FORKS.Pipe(duplex=False)
         self.stdout = os.fdopen(os.dup(reader.fileno()))
         self._stderr = tempfile.NamedTemporaryFile("r")  # noqa: SIM115
@@ -161,6 +161,7 @@ class ForkedScript:
             "MASTER_PORT": str(self._store.port),
             "TORCHELASTIC_USE_AGENT_STORE": "True",
             "TORCHELASTIC_RESTART_COUNT": "0",
+            **dict(environment),
         }
         self._logs = tempfile.TemporaryDirectory()
         attempt = Path(self._logs.name) / "attempt_0"

@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from util.errors import UserError
+from util.errors import UserError, warn
 
 
 @dataclass(frozen=True)
@@ -102,10 +102,11 @@ def process_group(device: str, timeout_minutes: float = 30) -> Iterator[Process]
         return
     process = Process(rank, world_size, selected, timedelta(minutes=timeout_minutes))
     backend = "nccl" if process.device.type == "cuda" else "gloo"
+    warn_of_shared_store()
     with _explain_gloo() if backend == "gloo" else contextlib.nullcontext():
         dist.init_process_group(
             backend,
-            store=_store_of_this_attempt(process),
+            store=store_of_this_attempt(process),
             rank=rank,
             world_size=world_size,
             timeout=process.timeout,
@@ -129,7 +130,21 @@ def process_group(device: str, timeout_minutes: float = 30) -> Iterator[Process]
             dist.destroy_process_group()
 
 
-def _store_of_this_attempt(process: Process) -> dist.Store:
+def warn_of_shared_store() -> None:
+    """Say it where torchruns on several machines keep one store for all attempts.
+
+    Then each notes rank 0's address once, and one that comes later never learns it.
+    """
+    has_several = int(os.environ.get("GROUP_WORLD_SIZE", 1)) > 1
+    restarts = os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0"
+    if has_several and restarts and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        warn(
+            "this run can't go on once a machine's torchrun is started anew: set "
+            "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 for torchrun, on all machines"
+        )
+
+
+def store_of_this_attempt(process: Process) -> dist.Store:
     """A store to meet in, which no process of an earlier attempt has written to.
 
     torchrun's store outlives an attempt. In it gloo and NCCL would read the addresses of dead

@@ -46,7 +46,7 @@ if __name__ == "__main__":
     deaths.mkdir(parents=True, exist_ok=True)
     die("imported")
     dying(dist, "PrefixStore", "store")  # it knows torchrun's store, and has not written to it
-    dying(distributed, "_store_of_this_attempt", "met", after=True)
+    dying(distributed, "store_of_this_attempt", "met", after=True)
     dying(dist, "init_process_group", "connected", after=True)
     dying(training.Checkpoints, "save_if_due", "step", skip=4)
     dying(torch, "save", "save", after=True, skip=6)  # written, and not renamed yet
