@@ -4,6 +4,7 @@ A plain `python main_*.py` is the case of one process; no process group is made 
 """
 
 import contextlib
+import math
 import os
 import time
 import uuid
@@ -196,6 +197,16 @@ def _explain_gloo() -> Iterator[None]:
             "name stands for; set GLOO_SOCKET_IFNAME to the network interface that the machines "
             "share, such as eth0"
         ) from error
+
+
+def seconds_to_save() -> float:
+    """How long torchrun lets its processes live after SIGTERM; inf where there is no torchrun.
+
+    torch 2.6 always waits for 30 seconds; 2.14 reads the variable.
+    """
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        return math.inf
+    return float(os.environ.get("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", 30))
 
 
 def data_parallel(model: nn.Module, process: Process) -> nn.Module:

@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -137,3 +138,50 @@ def test_an_unknown_network_interface_is_named(flags):
     assert err.count("error: ") == 1
     assert "nowhere0" in err
     assert "GLOO_SOCKET_IFNAME" in err
+
+
+# Two machines: network namespaces with one wire. Both names stand for 127.0.1.1, as in Debian.
+MACHINES = """
+mount --bind "$1" /etc/hosts && hostname machine0 && ip link set lo up || exit 77
+unshare --net --uts sleep 300 & other=$!
+until ip link add wire0 type veth peer name wire1 netns $other 2>/dev/null; do sleep 0.1; done
+ip addr add 10.77.0.1/24 dev wire0 && ip link set wire0 up
+machine1="nsenter --target $other --net --uts"
+$machine1 sh -c "hostname machine1; ip addr add 10.77.0.2/24 dev wire1
+    ip link set wire1 up; ip link set lo up"
+shift
+export WORLD_SIZE=2 MASTER_ADDR=10.77.0.1 MASTER_PORT=29500
+RANK=1 $machine1 env ${INTERFACES:+GLOO_SOCKET_IFNAME=wire1} "$@" & rank1=$!
+RANK=0 env ${INTERFACES:+GLOO_SOCKET_IFNAME=wire0} "$@"; code=$?
+if [ -n "$INTERFACES" ]; then wait $rank1 || code=$?; fi
+kill -9 $rank1 $other 2>/dev/null
+exit $code
+"""
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize("interfaces", ["", "given"])
+def test_host_names_that_do_not_reach(flags, tmp_path, interfaces):
+    unshare = ["unshare", "--net", "--uts", "--mount"]
+    if not shutil.which("ip") or subprocess.run([*unshare, "true"], capture_output=True).returncode:
+        pytest.skip("needs root, which may make network namespaces, and ip of iproute2")
+    hosts = tmp_path / "hosts"
+    hosts.write_text("127.0.0.1 localhost\n127.0.1.1 machine0 machine1\n")
+    command = [sys.executable, str(ROOT / SCRIPT), *command_line(flags)]
+    ended = subprocess.run(
+        [*unshare, "bash", "-c", MACHINES, "bash", str(hosts), *command],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=200,
+        env=os.environ | {"INTERFACES": interfaces},
+    )
+    if ended.returncode == 77:
+        pytest.skip(f"the namespace can't be made: {ended.stderr}")
+    if interfaces:
+        assert ended.returncode == 0, ended.stderr
+        assert_undisturbed(flags)
+    else:
+        assert ended.returncode == 2, ended.stderr
+        assert "error: the processes can't reach each other" in ended.stderr
+        assert "set GLOO_SOCKET_IFNAME" in ended.stderr
