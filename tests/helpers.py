@@ -126,11 +126,11 @@ def runner(command):
     return lambda flags: command.main(command.get_args_parser().parse_args(command_line(flags)))
 
 
-def start_fresh(script, flags, processes=1, **popen):
-    """Start a script as users do, by Python or torchrun; returns a Popen."""
+def start_fresh(script, flags, processes=1, torchrun=("--standalone",), **popen):
+    """Start a script as users do, by Python or torchrun with these flags; returns a Popen."""
     launcher = [sys.executable]
     if processes > 1:
-        launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+        launcher += ["-m", "torch.distributed.run", *torchrun, f"--nproc_per_node={processes}"]
     return subprocess.Popen(
         [*launcher, str(ROOT / script), *command_line(flags)],
         cwd=ROOT,
@@ -148,7 +148,7 @@ class ForkedScript:
     outputs; what torchrun does besides starting them is missing.
     """
 
-    def __init__(self, script, flags, processes=1):
+    def __init__(self, script, flags, processes=1, environment=()):
         reader, writer = FORKS.Pipe(duplex=False)
         self.stdout = os.fdopen(os.dup(reader.fileno()))
         self._stderr = tempfile.NamedTemporaryFile("r")  # noqa: SIM115
@@ -161,10 +161,15 @@ class ForkedScript:
             "MASTER_PORT": str(self._store.port),
             "TORCHELASTIC_USE_AGENT_STORE": "True",
             "TORCHELASTIC_RESTART_COUNT": "0",
+            **dict(environment),
         }
+        self._logs = tempfile.TemporaryDirectory()
+        attempt = Path(self._logs.name) / "attempt_0"
+        attempt.mkdir()
         self._ranks = []
         for rank in map(str, range(processes)):
             environment |= {"RANK": rank, "LOCAL_RANK": rank}
+            environment |= {"TORCHELASTIC_ERROR_FILE": str(attempt / rank / "error.json")}
             outputs = (writer, self._stderr.name)
             self._ranks.append(FORKS.Process(target=run_here, args=(argv, environment, *outputs)))
             self._ranks[-1].start()

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from util.distributed import Process
-from util.errors import LostProcess, UserError
+from util.errors import LostProcess, UserError, say_error
 
 KILLED_WORKER = (
     "a worker, a process that loads images, was killed, most likely as memory ran out: repeat the "
@@ -29,7 +29,7 @@ class ArgumentParser(argparse.ArgumentParser):
         self._negative_number_matcher = re.compile(r"-\.?\d")
 
     def error(self, message: str) -> NoReturn:
-        print(f"error: {message} (see {self.prog} --help)", file=sys.stderr)
+        say_error(f"{message} (see {self.prog} --help)")
         sys.exit(2)
 
 
@@ -48,17 +48,16 @@ def run(main: Callable[[argparse.Namespace], None], parser: argparse.ArgumentPar
     try:
         main(parser.parse_args())
     except UserError as error:
-        rank = os.environ.get("RANK", "0")
-        print(f"error: {'' if rank == '0' else f'[rank {rank}] '}{error}", file=sys.stderr)
+        say_error(str(error))
         sys.exit(2)
     except LostProcess as error:
         if str(error):
-            print(f"error: {error}", file=sys.stderr)
+            say_error(str(error))
         sys.exit(1)
     except RuntimeError as error:
         if "DataLoader worker" not in str(error):
             raise
-        print(f"error: {KILLED_WORKER}", file=sys.stderr)
+        say_error(KILLED_WORKER)
         sys.exit(1)
     except KeyboardInterrupt:
         sys.exit(130)

@@ -4,7 +4,10 @@ A plain `python main_*.py` is the case of one process; no process group is made 
 """
 
 import contextlib
+import math
 import os
+import time
+import uuid
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -14,10 +17,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
 
-from util.errors import UserError
+from util.errors import UserError, warn
 from util.watching import Watch
 
 # Of all processes, over gloo, for what is not a tensor of the model. How long it waits, a `Watch`
@@ -110,7 +112,8 @@ def process_group(device: str, timeout_minutes: float = 30) -> Iterator[Process]
     timeout = timedelta(minutes=timeout_minutes)
     if backend == "nccl":
         timeout = 1.1 * timeout + timedelta(seconds=30)  # it aborts: the `Watch` must speak before
-    store, _, _ = next(rendezvous("env://", timeout=timeout))
+    warn_of_shared_store()
+    store = store_of_this_attempt(process, timeout)
     with _explain_gloo() if backend == "gloo" else contextlib.nullcontext():
         dist.init_process_group(
             backend, store=store, rank=rank, world_size=world_size, timeout=timeout
@@ -136,6 +139,58 @@ def process_group(device: str, timeout_minutes: float = 30) -> Iterator[Process]
                 dist.barrier()
         if leaving_together or backend == "gloo":
             dist.destroy_process_group()
+
+
+def warn_of_shared_store() -> None:
+    """Say it where torchruns on several machines keep one store for all attempts.
+
+    Then each notes rank 0's address once, and one that comes later never learns it.
+    """
+    has_several = int(os.environ.get("GROUP_WORLD_SIZE", 1)) > 1
+    restarts = os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0"
+    if has_several and restarts and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        warn(
+            "this run can't go on once a machine's torchrun is started anew: set "
+            "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 for torchrun, on all machines"
+        )
+
+
+def store_of_this_attempt(process: Process, timeout: timedelta) -> dist.Store:
+    """A store to meet in, which no process of an earlier attempt has written to.
+
+    torchrun's store outlives an attempt. In it gloo and NCCL would read the addresses of dead
+    processes (https://github.com/pytorch/pytorch/issues/135712, 167288). Its count of restarts
+    tells no attempts apart: each node has its own. So rank 0 makes up a name for this attempt,
+    and gives it to those who ask for it under names of their own, which nobody has had before. A
+    dead process's question may still lie there, but only a living process confirms the answer.
+
+    Raises:
+        UserError: a process doesn't come within the timeout.
+    """
+    store, _, _ = next(dist.rendezvous("env://", timeout=timeout))
+    store = dist.PrefixStore("attempts", store)
+    name = uuid.uuid4().hex
+    deadline = time.monotonic() + timeout.total_seconds()
+    missing = set(range(1, process.world_size)) if process.is_main else {0}
+    if not process.is_main:
+        store.set(f"question/{process.rank}", name)
+    while missing:
+        if process.is_main:
+            for rank in missing:
+                if store.check([f"question/{rank}"]):
+                    store.set(f"answer/{store.get(f'question/{rank}').decode()}", name)
+            missing = {rank for rank in missing if not store.check([f"{name}/{rank}"])}
+        elif store.check([f"answer/{name}"]):
+            name = store.get(f"answer/{name}").decode()
+            store.set(f"{name}/{process.rank}", "")
+            missing = set()
+        if missing and time.monotonic() > deadline:
+            raise UserError(
+                f"rank {', '.join(map(str, sorted(missing)))} didn't start within "
+                f"{timeout.total_seconds() / 60:g} minutes: see what its machine says"
+            )
+        time.sleep(0.05)
+    return dist.PrefixStore(name, store)
 
 
 @contextlib.contextmanager
@@ -168,6 +223,16 @@ def _watch(process: Process, timeout_seconds: float) -> Iterator[None]:
             if isinstance(error, dist.DistError) or "gloo" in str(error):
                 raise watch.lost(error) from error
             raise
+
+
+def seconds_to_save() -> float:
+    """How long torchrun lets its processes live after SIGTERM; inf where there is no torchrun.
+
+    torch 2.6 always waits for 30 seconds; 2.14 reads the variable.
+    """
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        return math.inf
+    return float(os.environ.get("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", 30))
 
 
 def data_parallel(model: nn.Module, process: Process) -> nn.Module:

@@ -3,7 +3,12 @@
 import contextlib
 import os
 import sys
+import time
+import zlib
+from pathlib import Path
 from typing import TextIO
+
+SAID_WITHIN_SECONDS = 5.0  # by another process that has begun to say an error
 
 
 class UserError(ValueError):
@@ -25,6 +30,30 @@ def warn(message: str) -> None:
     """One line on stderr, from the main process only."""
     if os.environ.get("RANK", "0") == "0":
         say(f"warning: {message}", sys.stderr)
+
+
+def say_error(text: str) -> None:
+    """One line on stderr; what all processes of a torchrun have to say is said by the first."""
+    rank = os.environ.get("RANK", "0")
+    line = f"error: {'' if rank == '0' else f'[rank {rank}] '}{text}"
+    folder = os.environ.get("TORCHELASTIC_ERROR_FILE")  # LOGS/attempt_0/LOCAL_RANK/error.json
+    if not folder:
+        say(line, sys.stderr)
+        return
+    note = Path(folder).parents[1] / f"said-{zlib.crc32(text.encode()):08x}"
+    with contextlib.suppress(OSError):
+        try:
+            note.touch(exist_ok=False)
+        except FileExistsError:
+            # Another process says it, and torchrun would end that one as soon as this one left.
+            deadline = time.monotonic() + SAID_WITHIN_SECONDS
+            while time.monotonic() < deadline:
+                if note.stat().st_size:
+                    return
+                time.sleep(0.05)
+    say(line, sys.stderr)
+    with contextlib.suppress(OSError):
+        note.write_text("said")
 
 
 def say(text: str, stream: TextIO) -> None:

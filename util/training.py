@@ -2,7 +2,6 @@
 
 import contextlib
 import itertools
-import math
 import signal
 import sys
 import time
@@ -18,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 import util
-from util import distributed, optim, watching
+from util import distributed, optim, restarts, watching
 from util.checkpoint import (
     BEST,
     LAST,
@@ -148,7 +147,8 @@ class Checkpoints:
         # A machine's processes share the pages of a mapped file. On a CPU the optimizer's state
         # would stay in them.
         mmap = self.process.device.type == "cuda"
-        found = find_checkpoint(resume, self.output_dir, mmap)
+        launch, again = restarts.begun(self.output_dir, resume)
+        found = self._find(launch, again, mmap)
         place = found and (found[0].get("epoch"), found[0].get("step"))
         if any(other != place for other in distributed.gather(place)):
             raise UserError(
@@ -160,8 +160,11 @@ class Checkpoints:
             changed = self._check_same_training(*found, acceptable, accept_changes)
         self._resume = resume
         if resume != "auto" and self.process.is_main:
-            start = (found[0]["epoch"], found[0]["step"]) if found else (-math.inf, 0)
-            self._set_newer_files_aside(resume, start)
+            if not again:
+                if found is not None:
+                    launch.epoch, launch.step = found[0]["epoch"], found[0]["step"]
+                self._set_newer_files_aside(resume, (launch.epoch, launch.step))
+            launch.note(self.output_dir)
         has_best = distributed.gather((self.output_dir / BEST).exists())[0]
         if found is None:
             return
@@ -188,6 +191,26 @@ class Checkpoints:
         self.first_loss = contents.get("first_loss")
         if changed:
             self._accept(changed, state, contents)
+
+    def _find(
+        self, launch: restarts.Launch, again: bool, mmap: bool
+    ) -> tuple[dict[str, Any], str | Path] | None:
+        """`find_checkpoint`; where a launch begins again, it prefers what this launch has saved."""
+        if again and launch.resume != "auto":
+            found = find_checkpoint("auto", self.output_dir, mmap)
+            place = found and (found[0].get("epoch", -1), found[0].get("step", 0))
+            own = place is not None and place > (launch.epoch, launch.step)
+            if self.process.is_main:
+                outcome = (
+                    "continuing from its own checkpoint" if own else "it has saved nothing yet"
+                )
+                say(
+                    f"this launch with --resume {launch.resume} was restarted: {outcome}",
+                    sys.stdout,
+                )
+            if own:
+                return found
+        return find_checkpoint(launch.resume, self.output_dir, mmap)
 
     def _accept(
         self, changed: dict[str, tuple[Any, Any]], state: TrainingState, contents: dict[str, Any]
