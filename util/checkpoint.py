@@ -8,6 +8,7 @@ import math
 import os
 import re
 import shutil
+import time
 import zlib
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -66,12 +67,17 @@ def link_checkpoint(path: Path, name: str) -> None:
 class Writer:
     """Writes checkpoints to a folder in a thread, one at a time.
 
+    Args:
+        folder: where to.
+        seconds_to_save: how long the launcher lets a process live once it has asked it to end.
+
     Attributes:
         last_succeeded: whether the last one that is finished was written whole.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, seconds_to_save: float = math.inf) -> None:
         self.folder = folder
+        self.seconds_to_save = seconds_to_save
         self.last_succeeded = True
         self._thread = ThreadPoolExecutor(max_workers=1)
         self._pending: Future[bool] | None = None
@@ -92,6 +98,7 @@ class Writer:
 
     @watching.saving()
     def _write(self, names: list[str], contents: dict[str, Any]) -> bool:
+        began = time.monotonic()
         written, succeeded = None, True
         for name in names:
             try:
@@ -104,6 +111,14 @@ class Writer:
                 reason = str(error) or "no memory is left"
                 warn(f"{reason}; the previous checkpoint, if any, is intact")
                 succeeded = False
+        seconds = time.monotonic() - began
+        if seconds > self.seconds_to_save:
+            warn(
+                f"a save took {seconds:.0f} s, and torchrun kills its processes "
+                f"{self.seconds_to_save:g} s after SIGTERM: set TORCH_ELASTIC_SHUTDOWN_TIMEOUT to "
+                "more seconds for torchrun"
+            )
+            self.seconds_to_save = math.inf  # said once
         return succeeded
 
 

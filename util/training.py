@@ -107,7 +107,7 @@ class Checkpoints:
         self.epochs = epochs
         self.save_every = save_every
         self.save_seconds = 60 * save_minutes
-        self.writer = Writer(self.output_dir)
+        self.writer = Writer(self.output_dir, distributed.seconds_to_save())
         self.accepted: list[dict[str, Any]] = []  # changes of settings, see `accepted_in`
         self.first_loss: float | None = None  # of untrained weights
         self._resume = "auto"

@@ -7,6 +7,9 @@ import time
 import pytest
 from helpers import ForkedScript, assert_same_bits, final_state, run, start_fresh
 from slow_pretrain import SLOW
+from torch.distributed.launcher.api import LaunchConfig
+
+from util.checkpoint import LAST, Writer
 
 SCRIPT = "tests/tiny_pretrain.py"
 SLOW_SCRIPT = "tests/faults/slow_pretrain.py"
@@ -65,6 +68,30 @@ def test_a_process_that_waits_hears_signals(flags):
     assert process.wait_for(0) == -signal.SIGTERM
     process.kill()
     assert "SIGTERM: ended by a second signal, without a save" in process.communicate()[1]
+
+
+@pytest.mark.thorough
+@pytest.mark.skipif(not hasattr(LaunchConfig, "shutdown_timeout"), reason="torch is too old")
+def test_a_save_may_take_as_long_as_torchrun_is_told(flags):
+    environment = {"SAVE_SECONDS": "35", "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "90"}
+    flags = flags | {"epochs": 10_000, "save_minutes": 1000, "log_every": 1}
+    script = "tests/slowly_saving_pretrain.py"
+    process = start_fresh(script, flags, processes=2, env=os.environ | environment)
+    assert any("step 3/9" in line for line in process.stdout)
+    process.send_signal(signal.SIGTERM)
+    out, err = process.communicate(timeout=200)
+    assert "SIGTERM: stopped after step" in out, err
+    assert (flags["output_dir"] / "checkpoint-last.pth").exists()
+
+
+def test_a_save_that_takes_too_long_for_torchrun_is_said_once(tmp_path, capsys):
+    writer = Writer(tmp_path, seconds_to_save=0.0)
+    for step in (1, 2):
+        writer.start([LAST], {"step": step})
+        writer.wait()
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("warning: a save took 0 s, and torchrun kills its processes 0 s after")
+    assert "set TORCH_ELASTIC_SHUTDOWN_TIMEOUT" in line
 
 
 @pytest.mark.thorough
