@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from util.distributed import Process
-from util.errors import UserError
+from util.errors import UserError, printable
 
 
 class ArgumentParser(argparse.ArgumentParser):
@@ -24,7 +24,7 @@ class ArgumentParser(argparse.ArgumentParser):
         self._negative_number_matcher = re.compile(r"-\.?\d")
 
     def error(self, message: str) -> NoReturn:
-        print(f"error: {message} (see {self.prog} --help)", file=sys.stderr)
+        print(printable(f"error: {message} (see {self.prog} --help)"), file=sys.stderr)
         sys.exit(2)
 
 
@@ -41,7 +41,8 @@ def run(main: Callable[[argparse.Namespace], None], parser: argparse.ArgumentPar
         main(parser.parse_args())
     except UserError as error:
         rank = os.environ.get("RANK", "0")
-        print(f"error: {'' if rank == '0' else f'[rank {rank}] '}{error}", file=sys.stderr)
+        line = f"error: {'' if rank == '0' else f'[rank {rank}] '}{error}"
+        print(printable(line), file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)

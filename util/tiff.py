@@ -4,6 +4,7 @@ Pillow shows noise for some kinds of TIFF and cuts others to 8 bits. It gets tho
 is known to return; tifffile, an optional package, gets the rest.
 """
 
+import io
 import logging
 import math
 import re
@@ -16,6 +17,7 @@ from PIL import Image
 from PIL.TiffImagePlugin import COMPRESSION_INFO, ImageFileDirectory_v2
 
 from util.formats import (
+    SMALL,
     Description,
     StoredImage,
     UnsuitableImage,
@@ -56,9 +58,14 @@ def open_tiff(file: BinaryIO) -> StoredImage:
     orientation = tags.get(274, 1) if tags.get(274, 1) in range(1, 9) else 1
     if not width or not height:
         raise ValueError("declares no width and height")
+    tile_width, tile_height = tags.get(322, 0), tags.get(323, 0)
+    if tile_width * tile_height * bands * bits > 8 * SMALL and (
+        tile_width > width or tile_height > height
+    ):
+        raise ValueError(f"claims tiles of {tile_width} x {tile_height} pixels")
     if tags.get(32997, 1) > 1:
         raise ValueError(f"holds a volume of {tags[32997]} planes: save them as pages")
-    if kind not in (1, 2, 3, 4) or not 0 < bits <= 64:
+    if kind not in (1, 2, 3, 4) or not (16 if kind == 3 else 1) <= bits <= 64:
         raise ValueError("holds samples that are neither integers nor floats: convert it")
     size = next(size for size in (8, 16, 32, 64) if size >= bits)
     dtype = f"{'int' if kind == 2 else 'float' if kind == 3 else 'uint'}{size}"
@@ -142,11 +149,15 @@ def _pages(file: BinaryIO) -> Iterator[ImageFileDirectory_v2]:
         tags = ImageFileDirectory_v2(b"II+\0" + header[4:], header[:2])
     else:
         tags = ImageFileDirectory_v2(header[:8])
+    left = file.seek(0, io.SEEK_END)
     seen = {0}
     while tags.next not in seen:
         seen.add(tags.next)
-        file.seek(tags.next)
+        start = file.seek(tags.next)
         tags.load(file)
+        left -= file.tell() - start
+        if left < 0:
+            raise ValueError("has pages whose tags overlap")
         yield tags
 
 
