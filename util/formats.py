@@ -224,6 +224,7 @@ def open_jpeg_2000(file: BinaryIO) -> StoredImage:
     start = content.find(JPEG_2000[0])  # the codestream and its SIZ marker: ISO 15444-1, A.5.1
     if start < 0:
         raise ValueError("holds no JPEG 2000 codestream")
+    _check_tiles(content, start)
     right, bottom, left, top = struct.unpack_from(">4I", content, start + 8)
     (bands,) = struct.unpack_from(">H", content, start + 40)
     depths = set(content[start + 42 : start + 42 + 3 * bands : 3])
@@ -240,6 +241,8 @@ def open_jpeg_2000(file: BinaryIO) -> StoredImage:
         # Of deep grey, the codestream: Pillow takes 9 bits in a container for 8.
         container = content[start:] if bits > 8 else content
         image = Image.open(io.BytesIO(container), formats=("JPEG2000",))
+        if image.size != (right - left, bottom - top):
+            raise ValueError("has a container that claims other sides than its content")
         if image.mode in ("P", "PA", "CMYK"):
             return _stored_by_pillow(image, file)
     description = Description(
@@ -262,6 +265,22 @@ def open_jpeg_2000(file: BinaryIO) -> StoredImage:
         return imagecodecs.jpeg2k_decode(content).reshape(bottom - top, right - left, bands)
 
     return StoredImage(description, full_scale(dtype, bits), read)
+
+
+def _check_tiles(content: bytes, position: int) -> None:
+    """Refuse a codestream that ends before its tiles do, which OpenJPEG may fill with grey."""
+    position, tiles = position + 2, 0
+    while content[position : position + 1] == b"\xff" and position + 12 <= len(content):
+        marker, length = struct.unpack_from(">2H", content, position)
+        if marker == 0xFFD9:
+            break
+        if marker == 0xFF90:  # a part of a tile, and its length (A.4.2); 0 if it is the rest
+            (length,) = struct.unpack_from(">I", content, position + 6)
+            length = (length or len(content) - position) - 2
+            tiles += 1
+        position += 2 + length
+    if position > len(content) or not tiles:
+        raise ValueError("is truncated")
 
 
 def open_with_pillow(file: BinaryIO, head: bytes) -> StoredImage | None:
@@ -305,8 +324,13 @@ def _stored_by_pillow(image: Image.Image, file: BinaryIO, head: bytes = b"") -> 
     )
 
     def read() -> np.ndarray:
-        if image.format == "PNG" and bits == 16 and bands > 1:
-            return _read_deep_png(image, file)
+        if image.format == "PNG":
+            image.load()
+            last = image.crop((0, image.height - 1, image.width, image.height))
+            if bits == 16 and bands > 1:
+                return _read_deep_png(file)
+            if image.info.get("interlace") or not last.getbbox():
+                _png_rows(file)  # Pillow leaves missing ones black
         if image.format in ("JPEG", "MPO", "WEBP") and bands != 4:
             file.seek(0)
             with contextlib.suppress(RuntimeError):  # animations, and what Pillow may still read
@@ -393,36 +417,53 @@ def decode_reduced_rgb(
     if divisor == 1:
         return None
     image.draft(image.mode, (max(1, width // divisor), max(1, height // divisor)))
-    samples = np.asarray(image.convert("RGB"))
-    if (samples[-1, -1] == 128).all():
-        return None  # maybe the grey of a torn file, which read in full is noticed
-    samples = turn(samples, orientation)
+    last = np.asarray(image)[-1, -1]
+    if np.isin(last, (127, 128)).all():
+        return None  # maybe the grey, or inverted grey, of a torn file: read in full, it is noticed
+    samples = turn(np.asarray(image.convert("RGB")), orientation)
     return torch.from_numpy(np.require(samples, requirements=["C", "W"])).permute(2, 0, 1)
 
 
-def _read_deep_png(image: Image.Image, file: BinaryIO) -> np.ndarray:
+def _read_deep_png(file: BinaryIO) -> np.ndarray:
     """A 16-bit PNG in colour or with alpha, of which Pillow would keep 8 bits, by torchvision.
 
-    torchvision 0.29 ends the process at a damaged PNG. So Pillow checks the rows, and torchvision
-    gets them in a new file.
+    torchvision 0.29 ends the process at a damaged PNG. So it gets the rows, which Pillow has
+    checked, in a new file.
     """
     file.seek(0)
+    header, rows = file.read(33), _png_rows(file)  # the signature and IHDR
+    clean = bytearray(header)
+    for chunk in (b"IDAT" + zlib.compress(rows, 1), b"IEND"):
+        clean += struct.pack(">I", len(chunk) - 4) + chunk + struct.pack(">I", zlib.crc32(chunk))
+    width, height = struct.unpack_from(">2I", header, 16)
+    decoded = decode_rgb(bytes(clean), height, width, ImageReadMode.UNCHANGED)
+    return decoded.permute(1, 2, 0).numpy()
+
+
+def _png_rows(file: BinaryIO) -> bytes:
+    """A PNG's filtered rows, in the passes of an interlaced one; refused if some are missing."""
+    file.seek(0)
     content = file.read()
-    image.load()
+    width, height, depth, kind, *_, interlaced = struct.unpack_from(">2I5B", content, 16)
+    passes = [(0, 0, 1, 1)]  # first column and row, and the steps to the next ones
+    if interlaced:
+        passes = [(0, 0, 8, 8), (4, 0, 8, 8), (0, 4, 4, 8), (2, 0, 4, 4)]
+        passes += [(0, 2, 2, 4), (1, 0, 2, 2), (0, 1, 1, 2)]
+    needed = 0
+    for left, top, right, down in passes:
+        columns, lines = -((left - width) // right), -((top - height) // down)
+        bits = columns * depth * {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}[kind]
+        needed += lines * (1 + math.ceil(bits / 8)) if columns > 0 else 0
     parts, position = [], len(PNG)
     while position < len(content):
         length = int.from_bytes(content[position : position + 4], "big")
         if content[position + 4 : position + 8] == b"IDAT":
             parts.append(content[position + 8 : position + 8 + length])
         position += length + 12
-    raw = 2 * image.height * (image.width * 8 + 1)  # enough for all bands and for interlacing
-    rows = zlib.decompressobj().decompress(b"".join(parts), raw)
-    height, width = image.height, image.width
-    clean = bytearray(content[:33])  # the signature and IHDR
-    for chunk in (b"IDAT" + zlib.compress(rows, 1), b"IEND"):
-        clean += struct.pack(">I", len(chunk) - 4) + chunk + struct.pack(">I", zlib.crc32(chunk))
-    decoded = decode_rgb(bytes(clean), height, width, ImageReadMode.UNCHANGED)
-    return decoded.permute(1, 2, 0).numpy()
+    rows = zlib.decompressobj().decompress(b"".join(parts), needed)
+    if len(rows) < needed:
+        raise ValueError(f"holds {len(rows)} of the {needed} bytes of rows that it claims")
+    return rows
 
 
 def _coded_bits(file: BinaryIO) -> int:

@@ -82,6 +82,7 @@ def join(source: ImageSource, count: int, pixels: PixelFormat) -> bytes:
 
 
 def _read_frame(source: ImageSource, page: int, first: Description, max_pixels: int) -> Image.Image:
+    check_claim(first, source.size(), max_pixels)
     image = _open_animation(source, first.format)
     # Pillow enlarges the canvas of a GIF for a frame that reaches beyond it.
     limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, first.width * first.height
@@ -92,8 +93,7 @@ def _read_frame(source: ImageSource, page: int, first: Description, max_pixels: 
         raise ValueError("is a frame that reaches beyond the image") from error
     finally:
         Image.MAX_IMAGE_PIXELS = limit
-    claim = first._replace(width=image.width, height=image.height)
-    check_claim(claim, source.size(), max_pixels)
+    check_claim(first._replace(width=image.width, height=image.height), source.size(), max_pixels)
     return image
 
 

@@ -22,6 +22,7 @@ from util.formats import (
     StoredImage,
     UnsuitableImage,
     full_scale,
+    jpeg_frame,
     pillow_samples,
     turn,
 )
@@ -71,6 +72,11 @@ def open_tiff(file: BinaryIO) -> StoredImage:
     dtype = f"{'int' if kind == 2 else 'float' if kind == 3 else 'uint'}{size}"
 
     in_planes = bands > 1 and tags.get(284, 1) == 2
+    parts = _values(tags, 324 if tile_width else 273), _values(tags, 325 if tile_width else 279)
+    rows = math.ceil(height / min(height, tile_height or tags.get(278) or height))
+    needed = rows * (math.ceil(width / tile_width) if tile_width else 1)
+    needed *= bands if in_planes else 1
+    raw_bytes = height * math.ceil(width * bands * bits / 8) if compression == 1 else 0
     by_pillow = (
         (photometric, bits, bands - alpha) in FOR_PILLOW
         and dtype.startswith("uint")
@@ -95,6 +101,8 @@ def open_tiff(file: BinaryIO) -> StoredImage:
     description = Description("TIFF", height, width, bands, dtype, bits, alpha=alpha)
 
     def read() -> np.ndarray:
+        jpeg_width = (tile_width or width) if compression == 7 else 0
+        _check_parts(file, *parts, needed, raw_bytes, jpeg_width)
         if by_pillow:
             image = Image.open(file, formats=("TIFF",))
             image.seek(index)
@@ -117,6 +125,40 @@ def open_tiff(file: BinaryIO) -> StoredImage:
         lambda: max(sum(map(_is_image, _pages(file))), _images_in_description(tags)),
         lambda: orientation,
     )
+
+
+def _check_parts(
+    file: BinaryIO,
+    starts: tuple[int, ...],
+    sizes: tuple[int, ...],
+    needed: int,
+    raw_bytes: int,
+    jpeg_width: int,
+) -> None:
+    """Refuse strips or tiles that are not in the file, which decoders may show as black or grey.
+
+    Those that start nowhere are meant to be empty.
+
+    Args:
+        starts, sizes: where strips or tiles are, in bytes; old files may lack or misstate sizes.
+        needed: how many the image has.
+        raw_bytes: of all, if they aren't compressed, else 0.
+        jpeg_width: theirs, if they are JPEGs, else 0.
+    """
+    if len(starts) < needed:
+        raise ValueError(f"lists {len(starts)} of its {needed} strips or tiles")
+    if 0 < sum(sizes) < raw_bytes:
+        raise ValueError(f"holds {sum(sizes)} of the {raw_bytes} bytes that it claims")
+    end = file.seek(0, io.SEEK_END)
+    for start, size in zip(starts, sizes, strict=False):
+        if start + size > end or (start and not size and not raw_bytes):
+            raise ValueError("is truncated: a strip or tile is not all there")
+        if jpeg_width and size:
+            file.seek(start)
+            content = file.read(size)
+            frame = jpeg_frame(content)
+            if b"\xff\xd9" not in content[-8:] or (frame and frame[2] < jpeg_width):
+                raise ValueError("is truncated: a strip or tile is part of a JPEG")
 
 
 def _read_with_tifffile(
