@@ -237,8 +237,12 @@ def _chosen_samples(stored: StoredImage, pixels: PixelFormat) -> np.ndarray:
         )
     if pixels.exif_orientation:
         samples = formats.turn(samples, stored.orientation())
-    in_order = bands == list(range(len(bands)))
-    samples = samples[..., : len(bands)] if in_order else samples[..., bands]
+    if bands == list(range(len(bands))):
+        samples = samples[..., : len(bands)]
+    elif len(set(bands)) == 1:  # grey, that is not copied here
+        samples = np.broadcast_to(samples[..., bands[:1]], (*samples.shape[:2], len(bands)))
+    else:
+        samples = samples[..., bands]
     if samples.dtype.kind == "f":
         unusable = ~np.isfinite(samples)
         if pixels.nodata is not None:
@@ -286,17 +290,21 @@ def _unsuitable(what: str, advice: str, pixels: PixelFormat) -> UnsuitableImage:
 
 def _scaled(samples: np.ndarray, full: int | None, pixels: PixelFormat) -> np.ndarray:
     """Samples [H, W, bands] as `read_image` returns them."""
+    if pixels.value_range is None and samples.dtype == np.uint8 and pixels.nodata is None:
+        return samples if full == 255 else _to_8_bits(full)[samples]
+    # In place, as an image may be large.
     if pixels.value_range is not None:
         low, high = pixels.value_range
-        scaled = np.subtract(samples, low, dtype=np.float64) / (high - low)
-    elif samples.dtype == np.uint8 and pixels.nodata is None:
-        return samples if full == 255 else _to_8_bits(full)[samples]
+        scaled = samples.astype(np.float64, "C")
+        scaled -= low
+        scaled /= high - low
     else:
-        scaled = samples.astype(np.float32) / np.float32(full)
-    scaled = scaled.clip(0, 1).astype(np.float32)
+        scaled = samples.astype(np.float32, "C")
+        scaled /= np.float32(full)
+    scaled = scaled.clip(0, 1, out=scaled).astype(np.float32, copy=False)
     if pixels.nodata is not None:
         missing = is_nodata(samples, pixels.nodata)
-        scaled = np.where(missing, np.array(pixels.mean, np.float32), scaled)
+        np.copyto(scaled, np.array(pixels.mean, np.float32), where=missing)
     return scaled
 
 

@@ -32,7 +32,7 @@ PNM_HEADER = re.compile(rb"P([2356])" + 3 * (BLANKS + rb"(\d{1,9})") + rb"\s")
 BYTES_PER_PIXEL = 8  # of --max_pixels: four bands of 16 bits
 PIXELS_PER_BYTE = 10_000  # of a file
 SMALL = 1 << 27  # bytes that any file may claim, such as a blank page of a fax
-STRIP = 1 << 24  # pixels that are copied out of Pillow at a time
+STRIP = 1 << 22  # pixels that are copied out of Pillow at a time
 
 # What libjpeg says of lost pixels, which it fills with grey or noise. It says only its first
 # warning; others are of bytes that nothing needs.

@@ -4,6 +4,8 @@ Thousands of damaged files of every format are read in processes of their own: e
 image or refused by name, in bounded memory and time, in silence, and nothing but reading happens.
 """
 
+import contextlib
+import ctypes
 import functools
 import io
 import os
@@ -13,15 +15,19 @@ import resource
 import signal
 import struct
 import sys
+import tarfile
 import tempfile
 import zlib
 
 import numpy as np
 import pytest
+import torch
 from helpers import FORKS, photograph
 
-from util import packing
+import main_data
+from util import c_messages, cli, image_files, packing
 from util.decoding import ImageSource, UnreadableImage, describe, read_image, read_samples
+from util.pixels import PixelFormat
 
 imagecodecs = pytest.importorskip("imagecodecs")
 tifffile = pytest.importorskip("tifffile")
@@ -120,11 +126,9 @@ FORMATS = {
     "tifffile.tif": lambda: [
         tiff(array(3, np.uint16), photometric="rgb", compression="deflate", predictor=True),
         tiff(array(5, np.float32), photometric="minisblack", planarconfig="contig", tile=(16, 16)),
-        tiff(array(3, np.uint16).transpose(2, 0, 1).copy(), planarconfig="separate", bigtiff=True),
+        tiff(array(3, np.uint16).transpose(2, 0, 1), planarconfig="separate", bigtiff=True),
         tiff(array(3, np.uint16), photometric="rgb", compression="lzw", byteorder=">"),
-        tiff(
-            array(1, np.int32)[..., 0], photometric="minisblack", rowsperstrip=4, compression="zstd"
-        ),
+        tiff(array(1, np.int32)[..., 0], rowsperstrip=4, compression="zstd"),
     ],
     "ppm": lambda: [by_pillow("PPM"), plain(3, array()), by_pillow("PPM", "1")],
     "pgm": lambda: [
@@ -414,3 +418,253 @@ def claim(name, number):
 @pytest.mark.parametrize("name", FORMATS)
 def test_a_claim_is_refused_before_anything_is_allocated(name):
     assert read_in_own_process(name, claim, 2 * len(whole_files(name)), growth=64) == 0
+
+
+def zeros(mebibytes):
+    """Deflated, a thousandth of their size, without ever being whole."""
+    compressor = zlib.compressobj(9)
+    parts = [compressor.compress(bytes(MIB)) for _ in range(mebibytes)]
+    return b"".join(parts) + compressor.flush()
+
+
+def heavy(name, number):
+    """Small files of which some part grows to hundreds of megabytes, or says so."""
+    rows = zlib.compress(b"".join(b"\0" + row.tobytes() for row in array()))
+    whole = by_pillow("TIFF")
+    entries = int.from_bytes(whole[4:8], "little") + 2
+    entry = struct.pack("<HHII", 270, 2, (1 << 32) - 16, 8)  # a text of 4 GiB
+    exif = b"Exif\0\0II*\0\x08\0\0\0\1\0" + entry + bytes(4)
+    if number < 5:
+        grown = zeros(300)
+        return (
+            png(8, 2, rows, b"zTXtTitle\0\0" + grown),
+            png(8, 2, rows, b"iTXtTitle\0\1\0\0\0" + grown),
+            png(8, 2, rows, b"iCCPname\0\0" + grown),
+            png(8, 2, grown),
+            png(16, 2, grown),
+        )[number]
+    frames = by_pillow("PNG", save_all=True).replace(b"acTL\0\0\0\2", b"acTL\x7f\0\0\2")
+    return (
+        by_pillow("JPEG", exif=exif),
+        by_pillow("PNG", exif=exif),
+        whole[:entries] + entry + whole[entries + 12 :],
+        bytes(fix_checksums(bytearray(frames), (), None)),
+        tiff(array(1)[..., 0], description="ImageJ=1.11a\nimages=999999999\n", metadata=None),
+    )[number - 5]
+
+
+def test_what_grows_or_claims_to_takes_no_memory():
+    assert read_in_own_process("png", heavy, 10, growth=64) >= 2
+
+
+def test_a_large_png_takes_what_pillow_and_the_samples_need():
+    """100 MB and 75 MB, where it was 100 and three times 75."""
+    compressor = zlib.compressobj()
+    rows = b"".join(compressor.compress(b"\0" + b"\x55" * 15000) for _ in range(5000))
+    content = png(8, 2, rows + compressor.flush(), size=(5000, 5000))
+    with FORKS.Pool(1) as pool:
+        assert pool.apply(growth_of_reading, (content,)) < 200
+
+
+def growth_of_reading(content):
+    start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    assert read_image(ImageSource("i.png", content=content)).shape == (3, 5000, 5000)
+    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - start) // 1024
+
+
+def test_the_limit_counts_all_bands_of_a_file():
+    samples = np.zeros((HEIGHT, WIDTH, 9), np.uint8)
+    pixels = PixelFormat(max_pixels=WIDTH * HEIGHT, bands=(8, 0, 1))
+    file = ImageSource(
+        "i.tif", content=tiff(samples, planarconfig="contig", photometric="minisblack")
+    )
+    with pytest.raises(UnreadableImage, match="9 bands of uint8, 3456 bytes: more than 8 times"):
+        read_image(file, pixels)
+    # A .npy is mapped: bands that aren't chosen cost nothing.
+    assert read_image(ImageSource("i.npy", content=npy(samples)), pixels).shape[0] == 3
+
+
+def test_a_frame_that_outgrows_its_animation_is_refused():
+    gif = by_pillow("GIF", save_all=True)
+    frame = gif.rindex(b"," + struct.pack("<4H", 0, 0, WIDTH, HEIGHT))
+    gif = gif[: frame + 5] + struct.pack("<2H", 60000, 60000) + gif[frame + 9 :]
+    source = ImageSource("i.gif", content=gif)
+    assert read_image(source).shape == (3, HEIGHT, WIDTH)
+    problem = packing._read(OneImage(source), packing.Packing(pages="each"), 0, 1).problem
+    assert problem == "i.gif page 1: is a frame that reaches beyond the image"
+
+
+def test_a_tiff_whose_directories_overlap_is_refused():
+    """Thousands of them, of 65,535 tags each, would fit into a megabyte, and take hours."""
+    whole = by_pillow("TIFF")
+    directories = int.from_bytes(whole[4:8], "little")
+    next_at = directories + 2 + 12 * int.from_bytes(whole[directories : directories + 2], "little")
+    start, tags = len(whole), 60_000
+    more = bytearray(12 * tags + 100)
+    more[0:2] = more[4:6] = struct.pack("<H", tags)
+    more[2 + 12 * tags : 6 + 12 * tags] = struct.pack("<I", start + 4)
+    content = whole[:next_at] + struct.pack("<I", start) + whole[next_at + 4 :] + bytes(more)
+    with pytest.raises(UnreadableImage, match="has pages whose tags overlap"):
+        describe(ImageSource("i.tif", content=content))
+
+
+# ---- files that hold less than they claim
+
+
+def reads(content, suffix, **options):
+    try:
+        return read_image(ImageSource(f"i.{suffix}", content=content), **options)
+    except UnreadableImage:
+        return None
+
+
+@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("step", [97, pytest.param(1, marks=pytest.mark.thorough)])
+def test_a_truncated_file_is_refused_unless_it_has_all_pixels(name, step):
+    suffix = name.rpartition(".")[2]
+    for content in whole_files(name):
+        whole = read_samples(ImageSource(f"i.{suffix}", content=content))
+        # A last number in text may lose a digit.
+        end = len(content) - 4 * content.startswith((b"P2", b"P3"))
+        for length in range(end - 1, 0, -step):
+            with contextlib.suppress(UnreadableImage):
+                part = read_samples(ImageSource(f"i.{suffix}", content=content[:length]))
+                assert np.array_equal(part, whole), length
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
+def test_a_jpeg_with_a_hole_is_refused_with_libjpegs_reason(mode, capfd):
+    """Its end mark is there. libjpeg fills it with grey, and says so on stderr only."""
+    image = photograph(150, 100).convert(mode)
+    image.save(buffer := io.BytesIO(), "JPEG")
+    whole = buffer.getvalue()
+    for length in range(whole.index(b"\xff\xda") + 20, len(whole) - 100, 97):
+        torn = whole[:length] + b"\xff\xd9"
+        with pytest.raises(UnreadableImage) as caught:
+            read_image(ImageSource("i\n.jpg", content=torn))
+        assert str(caught.value).startswith(r"i\n.jpg: Corrupt JPEG data: ")
+        assert reads(torn, "jpg", reduction=lambda height, width: 2) is None
+    assert capfd.readouterr() == ("", "")
+
+
+def test_a_jpeg_with_bytes_that_nothing_needs_is_read_in_silence(capfd):
+    whole = by_pillow("JPEG")
+    padded = whole[:-2] + bytes(5) + whole[-2:]
+    assert torch.equal(reads(padded, "jpg"), reads(whole, "jpg"))
+    assert capfd.readouterr() == ("", "")
+
+
+def test_a_png_with_too_few_rows_is_refused():
+    """Pillow shows the missing ones as black, if the deflated stream ends well."""
+    for depth, kind in ((8, 2), (16, 2), (8, 0), (8, 6), (1, 0), (8, 4)):
+        bits = depth * {0: 1, 2: 3, 4: 2, 6: 4}[kind]
+        rows = (b"\0" + b"\x55" * (WIDTH * bits // 8)) * HEIGHT
+        assert reads(png(depth, kind, zlib.compress(rows)), "png", pixels=bands(kind)) is not None
+        short = zlib.compress(rows[: -1 - WIDTH * bits // 8])
+        assert reads(png(depth, kind, short), "png", pixels=bands(kind)) is None
+
+
+def bands(kind):
+    count = {0: 1, 2: 3, 4: 2, 6: 4}[kind]
+    return PixelFormat(in_chans=count, mean=(0.5,) * count, std=(0.5,) * count)
+
+
+@pytest.mark.parametrize("compression", [None, "lzw", "deflate", "packbits", "jpeg", "lerc"])
+@pytest.mark.parametrize("tile", [None, (16, 16)])
+def test_a_tiff_with_short_strips_or_tiles_is_refused(compression, tile):
+    samples = np.tile(array(), (4, 4, 1))
+    rows = None if tile else 8
+    content = tiff(
+        samples, photometric="rgb", compression=compression, tile=tile, rowsperstrip=rows
+    )
+    tag = tifffile.TiffFile(io.BytesIO(content)).pages[0].tags[325 if tile else 279]
+    width = tag.valuebytecount // tag.count
+    place = slice(tag.valueoffset + width, tag.valueoffset + 2 * width)  # of the second
+    for size in (tag.value[1] // 2, tag.value[1] * 9 // 10, 0, (1 << 8 * width) - 1):
+        short = bytearray(content)
+        short[place] = size.to_bytes(width, "little")
+        image = reads(bytes(short), "tif")
+        # Sizes of what isn't compressed are known without the tag.
+        assert image is None or (compression is None and torch.equal(image, reads(content, "tif")))
+
+
+# ---- messages
+
+
+def test_messages_of_c_are_caught_and_those_of_python_are_not(capfd):
+    libc = ctypes.CDLL(None)
+    stderr = ctypes.c_void_p.in_dll(libc, "stderr")
+    for number in range(3):
+        with c_messages.caught() as messages:
+            libc.fprintf(stderr, b"from C %d\n", number)
+            print("from Python", file=sys.stderr)
+            os.write(2, b"from a thread\n")
+        assert messages.text == f"from C {number}\n"
+    libc.fprintf(stderr, b"afterwards\n")
+    expected = "from Python\nfrom a thread\n" * 3 + "afterwards\n"
+    assert capfd.readouterr().err == expected
+    with FORKS.Pool(1) as pool:  # each process has its own
+        assert pool.apply(catch_one) == "in a worker"
+
+
+def catch_one():
+    libc = ctypes.CDLL(None)
+    with c_messages.caught() as messages:
+        libc.fputs(b"in a worker", ctypes.c_void_p.in_dll(libc, "stderr"))
+    return messages.text
+
+
+NAMES = ["new\nline", "\x1b[31mred", "bell\a\r", os.fsdecode(b"caf\xe9"), "\u202eback"]
+
+
+def test_names_are_escaped_in_every_message(tmp_path, capfd, monkeypatch):
+    """In those of the survey, of reading, of packing and of errors."""
+    data = tmp_path / "a\nb"
+    for name in NAMES:
+        folder = data / "train" / name
+        folder.mkdir(parents=True)
+        (folder / f"{name}.jpg").write_bytes(by_pillow("JPEG"))
+        (folder / f"{name}.png").write_bytes(b"torn")
+        (folder / f"{name}.{name}").write_bytes(b"another")
+        os.symlink("nowhere", folder / f"{name}-link.jpg")
+    tar = tmp_path / "packed"
+    for flags in (
+        ["stats", "--data_path", str(data)],
+        ["stats", "--data_path", str(data / "nothing")],
+        ["pack", "--data_path", str(data), "--output", str(tar), "--num_workers", "0"],
+        ["pack", "--data_path", str(data / "\x1b[31m"), "--output", str(tar / "\x1b[1m")],
+    ):
+        monkeypatch.setattr(sys, "argv", ["main_data.py", *flags])
+        with contextlib.suppress(SystemExit):
+            cli.run(main_data.main, main_data.get_args_parser())
+    out, err = capfd.readouterr()
+    assert "caf\\xe9" in out + err and "\\x1b[31mred" in err
+    for line in (out + err).splitlines():
+        assert line.isprintable(), line
+    assert len(re.findall("^(warning|error): ", err, re.MULTILINE)) == len(err.splitlines())
+
+
+def test_a_shard_may_say_any_name(tmp_path, capfd):
+    with tarfile.open(tmp_path / "train-000000.tar", "w") as tar:
+        for name, content in {
+            "0.jpg": by_pillow("JPEG"),
+            "0.json": b'{"name": "\\ud800"}',
+            "1.jpg": b"torn",
+            "1.json": b'{"name": "a\\n\\u001b[31m"}',
+            "2.npy": npy(array())[:-1],
+            "\x1b[31m.jpg": b"torn",
+        }.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content))
+    images = image_files.find_images(tmp_path, "train")
+    assert [images.name(index) for index in range(4)][:2] == ["0.jpg", "a\n\x1b[31m"]
+    with pytest.raises(UnreadableImage, match=r"2\.npy: is truncated: claims 1152 bytes"):
+        read_image(images.source(2))
+    out, err = capfd.readouterr()
+    assert all(line.isprintable() for line in (out + err).splitlines())
+    assert r"a\n\x1b[31m" in err
+
+
+if __name__ == "__main__":  # to debug: FORMAT and the number of a mutation
+    print(look(sys.argv[1], mutation(sys.argv[1], int(sys.argv[2]))))
