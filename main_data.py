@@ -131,7 +131,7 @@ def add_pack_parser(commands):
         "--max_pixels",
         type=cli.integer(1),
         default=PixelFormat.max_pixels,
-        help="files that claim more pixels are left out",
+        help="files that claim more pixels, or more than 8 bytes for each, are left out",
     )
 
 

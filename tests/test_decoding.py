@@ -1202,8 +1202,8 @@ def test_suffixes_that_are_read_and_advice_for_others(monkeypatch):
     assert not {".heic", ".avif", ".jp2"} & set(image_suffixes())
     assert missing_support(".heic") == "pip install pillow-heif"
     assert "pillow" in missing_support(".avif") and "Pillow" in missing_support(".jp2")
-    image_suffixes.cache_clear()
     assert "convert to .tif" in refusal(source(b"DICM", "i.dcm"), error=UnreadableImage)
+    image_suffixes.cache_clear()
 
 
 def test_advice_is_not_on_flags_where_a_checkpoint_says_the_format():

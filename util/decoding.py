@@ -18,7 +18,8 @@ import torch
 from PIL import features
 from torch import Tensor
 
-from util import formats, tiff
+from util import c_messages, formats, tiff
+from util.errors import printable
 from util.formats import Description, StoredImage, UnreadableImage, UnsuitableImage
 from util.pixels import RGB, PixelFormat
 
@@ -36,6 +37,10 @@ class ImageSource(NamedTuple):
     path: str | None = None
     content: bytes | None = None
 
+    def size(self) -> int:
+        """In bytes."""
+        return os.path.getsize(self.path or "") if self.content is None else len(self.content)
+
 
 def describe(
     source: str | Path | ImageSource, pixels: PixelFormat = RGB, *, count_pages: bool = True
@@ -47,6 +52,8 @@ def describe(
     """
     with _opened(source, pixels) as stored:
         pages = stored.pages() if count_pages else 1
+        if pages > max(1, stored.size):
+            raise ValueError(f"claims {pages} pages, more than its {stored.size} bytes can hold")
         orientation = stored.orientation()
         return stored.description._replace(pages=pages, orientation=orientation, full=stored.full)
 
@@ -95,7 +102,7 @@ def _read_reduced_jpeg(
     source: ImageSource, pixels: PixelFormat, reduction: Callable[[int, int], int]
 ) -> Tensor | None:
     """A JPEG by libjpeg's reduced DCT; None leaves it, and every error, to reading in full."""
-    with contextlib.suppress(OSError, SyntaxError, ValueError), warnings.catch_warnings():
+    with contextlib.suppress(Exception), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # about metadata, repeated for each file
         with _open_file(source) as file:
             return formats.decode_reduced_rgb(file, pixels, reduction)
@@ -105,7 +112,7 @@ def _read_reduced_jpeg(
 def _read_plain_jpeg(source: ImageSource, pixels: PixelFormat) -> Tensor | None:
     """A JPEG as RGB, in hardly more time than its decoder takes.
 
-    None for other files and on errors: the general path reads those.
+    None for other files and on errors: the general path reads those, or says what is wrong.
     """
     if pixels.in_chans != 3 or pixels.exif_orientation:
         return None
@@ -113,7 +120,7 @@ def _read_plain_jpeg(source: ImageSource, pixels: PixelFormat) -> Tensor | None:
         return None
     if pixels.bands is not None or pixels.value_range is not None or pixels.nodata is not None:
         return None
-    with contextlib.suppress(OSError, RuntimeError, ValueError):
+    with contextlib.suppress(Exception):
         content = source.content
         if content is None:
             with _open_file(source, buffering=0) as file:
@@ -121,8 +128,14 @@ def _read_plain_jpeg(source: ImageSource, pixels: PixelFormat) -> Tensor | None:
                     return None
                 content = b"\xff\xd8" + file.read()
         frame = formats.jpeg_frame(content)
-        if frame and frame[1] * frame[2] <= pixels.max_pixels:
-            return formats.decode_rgb(content)
+        if frame:
+            _, height, width, _ = frame
+            claim = Description("JPEG", height, width, 3)
+            formats.check_claim(claim, len(content), pixels.max_pixels)
+            with c_messages.caught() as messages:
+                image = formats.decode_rgb(content, height, width)
+            if not formats.DAMAGE.search(messages.text):
+                return image
     return None
 
 
@@ -147,13 +160,19 @@ def _opened(source: str | Path | ImageSource, pixels: PixelFormat) -> Iterator[S
     begin with its name."""
     source = _as_source(source)
     try:
-        with warnings.catch_warnings(), _open_file(source) as file:
+        with (
+            warnings.catch_warnings(),
+            _open_file(source) as file,
+            c_messages.caught() as messages,
+        ):
             warnings.simplefilter("ignore")  # about metadata, repeated for each file
             yield _read_header(file, source, pixels)
+        if damage := formats.DAMAGE.search(messages.text):
+            raise ValueError(damage[0])
     except UnsuitableImage as error:
         raise UnsuitableImage(f"{printable(source.name)} {error}") from error
     except Exception as error:  # decoders raise anything on broken files
-        raise UnreadableImage(f"{printable(source.name)}: {_reason(error)}") from error
+        raise UnreadableImage(f"{printable(source.name)}: {reason(error)}") from error
 
 
 def _as_source(source: str | Path | ImageSource) -> ImageSource:
@@ -191,17 +210,24 @@ def _read_header(file: BinaryIO, source: ImageSource, pixels: PixelFormat) -> St
         if stored is None:
             hint = missing_support(os.path.splitext(source.name)[1])
             raise ValueError(hint or "is damaged, or no image of a known format")
-    return stored
+    return stored._replace(size=_size(file))
+
+
+def _size(file: BinaryIO) -> int:
+    """A file's size in bytes; its position, on which decoders rely, stays."""
+    position = file.tell()
+    size = file.seek(0, io.SEEK_END)
+    file.seek(position)
+    return size
 
 
 def _chosen_samples(stored: StoredImage, pixels: PixelFormat) -> np.ndarray:
     """[H, W, pixels.in_chans], in the file's units and maybe read-only; checked to be finite."""
     _, height, width, *_ = stored.description
-    if height * width > pixels.max_pixels:
-        raise ValueError(
-            f"claims {width} x {height} = {width * height} pixels, more than --max_pixels "
-            f"{pixels.max_pixels}: raise it, or shrink the file"
-        )
+    claim = stored.description
+    if stored.is_mapped:  # bands that are not chosen cost nothing
+        claim = claim._replace(bands=1)
+    formats.check_claim(claim, stored.size, pixels.max_pixels)
     bands = _chosen_bands(stored.description, pixels)
     samples = stored.read()
     if samples.shape != stored.description[1:4] or samples.dtype.name != stored.description.dtype:
@@ -211,8 +237,12 @@ def _chosen_samples(stored: StoredImage, pixels: PixelFormat) -> np.ndarray:
         )
     if pixels.exif_orientation:
         samples = formats.turn(samples, stored.orientation())
-    in_order = bands == list(range(len(bands)))
-    samples = samples[..., : len(bands)] if in_order else samples[..., bands]
+    if bands == list(range(len(bands))):
+        samples = samples[..., : len(bands)]
+    elif len(set(bands)) == 1:  # grey, that is not copied here
+        samples = np.broadcast_to(samples[..., bands[:1]], (*samples.shape[:2], len(bands)))
+    else:
+        samples = samples[..., bands]
     if samples.dtype.kind == "f":
         unusable = ~np.isfinite(samples)
         if pixels.nodata is not None:
@@ -260,17 +290,21 @@ def _unsuitable(what: str, advice: str, pixels: PixelFormat) -> UnsuitableImage:
 
 def _scaled(samples: np.ndarray, full: int | None, pixels: PixelFormat) -> np.ndarray:
     """Samples [H, W, bands] as `read_image` returns them."""
+    if pixels.value_range is None and samples.dtype == np.uint8 and pixels.nodata is None:
+        return samples if full == 255 else _to_8_bits(full)[samples]
+    # In place, as an image may be large.
     if pixels.value_range is not None:
         low, high = pixels.value_range
-        scaled = np.subtract(samples, low, dtype=np.float64) / (high - low)
-    elif samples.dtype == np.uint8 and pixels.nodata is None:
-        return samples if full == 255 else _to_8_bits(full)[samples]
+        scaled = samples.astype(np.float64, "C")
+        scaled -= low
+        scaled /= high - low
     else:
-        scaled = samples.astype(np.float32) / np.float32(full)
-    scaled = scaled.clip(0, 1).astype(np.float32)
+        scaled = samples.astype(np.float32, "C")
+        scaled /= np.float32(full)
+    scaled = scaled.clip(0, 1, out=scaled).astype(np.float32, copy=False)
     if pixels.nodata is not None:
         missing = is_nodata(samples, pixels.nodata)
-        scaled = np.where(missing, np.array(pixels.mean, np.float32), scaled)
+        np.copyto(scaled, np.array(pixels.mean, np.float32), where=missing)
     return scaled
 
 
@@ -289,16 +323,12 @@ def _to_8_bits(full: int) -> np.ndarray:
     return np.array([min(255, round(value / full * 255)) for value in range(256)], np.uint8)
 
 
-def printable(name: str) -> str:
-    """A file's name in one line of valid text: newlines, other controls and bytes escaped."""
-    text = os.fsencode(name).decode(errors="backslashreplace")
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
-
-
-def _reason(error: Exception) -> str:
+def reason(error: Exception) -> str:
     """An error in one short line without terminal codes and object addresses."""
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
+    if isinstance(error, MemoryError):
+        return "needs more memory than there is: a lower --max_pixels refuses it at its header"
     text = re.sub(r"\x1b\[[\d;]*m|<?[\w.]+ object at 0x\w+>?", "", str(error))
     text = printable(" ".join(text.split()))[:200]
     if isinstance(error, (ValueError, OSError)) and text:

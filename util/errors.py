@@ -29,18 +29,31 @@ class LostProcess(Exception):
 def warn(message: str) -> None:
     """One line on stderr, from the main process only."""
     if os.environ.get("RANK", "0") == "0":
-        say(f"warning: {message}", sys.stderr)
+        say(printable(f"warning: {message}"), sys.stderr)
+
+
+def printable(text: str) -> str:
+    """A text in one line, which a file's name may be part of: newlines, terminal codes and bytes
+    that are no text are escaped."""
+    return "".join(
+        c
+        if c.isprintable()
+        else f"\\x{ord(c) - 0xDC00:02x}"  # as Python keeps such a byte
+        if "\udc80" <= c <= "\udcff"
+        else c.encode("unicode_escape").decode()
+        for c in text
+    )
 
 
 def say_error(text: str) -> None:
     """One line on stderr; what all processes of a torchrun have to say is said by the first."""
     rank = os.environ.get("RANK", "0")
-    line = f"error: {'' if rank == '0' else f'[rank {rank}] '}{text}"
+    line = printable(f"error: {'' if rank == '0' else f'[rank {rank}] '}{text}")
     folder = os.environ.get("TORCHELASTIC_ERROR_FILE")  # LOGS/attempt_0/LOCAL_RANK/error.json
     if not folder:
         say(line, sys.stderr)
         return
-    note = Path(folder).parents[1] / f"said-{zlib.crc32(text.encode()):08x}"
+    note = Path(folder).parents[1] / f"said-{zlib.crc32(printable(text).encode()):08x}"
     with contextlib.suppress(OSError):
         try:
             note.touch(exist_ok=False)
@@ -57,9 +70,9 @@ def say_error(text: str) -> None:
 
 
 def say(text: str, stream: TextIO) -> None:
-    """Print a line. Where that fails, as after `| head` or on a full disk, the run goes on."""
+    """Print lines. Where that fails, as after `| head` or on a full disk, the run goes on."""
     with contextlib.suppress(OSError):
         try:
-            print(text, file=stream, flush=True)
+            print("\n".join(map(printable, text.split("\n"))), file=stream, flush=True)
         except BrokenPipeError:  # nobody reads it any more
             os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())

@@ -335,7 +335,7 @@ def add_reading_flags(group: argparse._ActionsContainer) -> None:
         "--max_pixels",
         type=integer(1),
         default=MAX_PIXELS,
-        help="files that claim more pixels are not decoded",
+        help="files that claim more pixels, or more than 8 bytes for each, are not decoded",
     )
 
 

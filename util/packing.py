@@ -22,7 +22,7 @@ from tqdm import tqdm
 from util import decoding, pages
 from util.checkpoint import write_whole
 from util.decoding import ImageSource, UnreadableImage, UnsuitableImage
-from util.errors import UserError, say, warn
+from util.errors import UserError, printable, say, warn
 from util.image_files import Images
 from util.loading import MAX_UNREADABLE_SHARE, MIN_UNREADABLE, map_in_order
 from util.pixels import MAX_PIXELS, PixelFormat
@@ -198,7 +198,7 @@ def _pack_split(
         tally |= dict.fromkeys(tally, 0)
         write_whole(output / PACK, json.dumps(progress).encode())
         if bar.disable:
-            say(f"{path}: {count} images, {tar.offset / 1e6:.1f} MB", sys.stdout)
+            say(printable(f"{path}: {count} images, {tar.offset / 1e6:.1f} MB"), sys.stdout)
     bar.close()
     if not done:
         raise UserError(f"{images.origin} has no readable images")
@@ -215,7 +215,8 @@ def _sum_up(splits: dict[str, Images], output: Path, shards: list[dict[str, Any]
         line += f"; {unreadable} unreadable files left out"
     if too_large:
         line += f"; {too_large} images above --max_side keep their size: not 8-bit grey or RGB"
-    say(f"{line}\ntrain on it: python main_pretrain.py --data_path {output}", sys.stdout)
+    say(printable(line), sys.stdout)
+    say(printable(f"train on it: python main_pretrain.py --data_path {output}"), sys.stdout)
     limit = MAX_UNREADABLE_SHARE * (total("images") + unreadable)
     if unreadable >= MIN_UNREADABLE and unreadable > limit:
         raise UserError(f"{output} lacks {unreadable} unreadable files, more than 1%: see above")

@@ -2,12 +2,16 @@
 
 import functools
 import io
+import logging
+import warnings
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
-from util.decoding import ImageSource, UnreadableImage, describe, printable, read_samples
+from util import c_messages
+from util.decoding import ImageSource, UnreadableImage, describe, printable, read_samples, reason
+from util.formats import Description, check_claim
 from util.pixels import PixelFormat
 
 ORIENTATION = 0x0112  # the EXIF tag
@@ -33,17 +37,18 @@ def read_page(source: ImageSource, page: int, pixels: PixelFormat) -> ImageSourc
     stored = describe(source, pixels, count_pages=False)
     name = f"{source.name} page {page}"
     try:
-        if stored.format == "TIFF":
-            return ImageSource(name, content=_read_tiff_page(source, page))
-        if stored.dtype != "uint8":
-            raise ValueError(f"{stored.dtype} pages can be read from TIFF only")
-        image = _open_animation(source)
-        image.seek(page)
-        if image.mode not in ("1", "L", "LA", "P", "RGB", "RGBA"):
-            image = image.convert("RGB")
-        return ImageSource(name, content=encode(image, stored.orientation))
+        with c_messages.caught(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            if stored.format == "TIFF":
+                return ImageSource(name, content=_read_tiff_page(source, page, pixels.max_pixels))
+            if stored.dtype != "uint8":
+                raise ValueError(f"{stored.dtype} pages can be read from TIFF only")
+            image = _read_frame(source, page, stored, pixels.max_pixels)
+            if image.mode not in ("1", "L", "LA", "P", "RGB", "RGBA"):
+                image = image.convert("RGB")
+            return ImageSource(name, content=encode(image, stored.orientation))
     except Exception as error:  # decoders raise anything on broken files
-        raise UnreadableImage(f"{printable(name)}: {error}") from error
+        raise UnreadableImage(f"{printable(name)}: {reason(error)}") from error
 
 
 def join(source: ImageSource, count: int, pixels: PixelFormat) -> bytes:
@@ -52,6 +57,12 @@ def join(source: ImageSource, count: int, pixels: PixelFormat) -> bytes:
     Raises:
         UnreadableImage: a page is torn, or not like the first one.
     """
+    try:
+        first = describe(source, pixels, count_pages=False)
+        bands = first._replace(bands=count * first.bands)
+        check_claim(bands, source.size(), pixels.max_pixels)
+    except ValueError as error:
+        raise UnreadableImage(f"{printable(source.name)}: {error}") from error
     arrays = []
     for page in range(count):
         single = read_page(source, page, pixels)
@@ -70,9 +81,26 @@ def join(source: ImageSource, count: int, pixels: PixelFormat) -> bytes:
     return buffer.getvalue()
 
 
+def _read_frame(source: ImageSource, page: int, first: Description, max_pixels: int) -> Image.Image:
+    check_claim(first, source.size(), max_pixels)
+    image = _open_animation(source, first.format)
+    # Pillow enlarges the canvas of a GIF for a frame that reaches beyond it.
+    limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, first.width * first.height
+    warnings.simplefilter("error", Image.DecompressionBombWarning)
+    try:
+        image.seek(page)
+    except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
+        raise ValueError("is a frame that reaches beyond the image") from error
+    finally:
+        Image.MAX_IMAGE_PIXELS = limit
+    check_claim(first._replace(width=image.width, height=image.height), source.size(), max_pixels)
+    return image
+
+
 @functools.lru_cache(maxsize=1)  # a worker reads some pages of a file, one after another
-def _open_animation(source: ImageSource) -> Image.Image:
-    return Image.open(io.BytesIO(source.content) if source.content else source.path or "")
+def _open_animation(source: ImageSource, image_format: str) -> Image.Image:
+    file = io.BytesIO(source.content) if source.content else source.path or ""
+    return Image.open(file, formats=(image_format,))
 
 
 @functools.lru_cache(maxsize=1)
@@ -80,18 +108,24 @@ def _open_tiff(source: ImageSource) -> tuple[Any, list[Any]]:
     """A TIFF file and its pages that are neither thumbnails nor masks."""
     import tifffile
 
+    logging.getLogger("tifffile").setLevel(logging.CRITICAL)  # errors are raised as well
     file: Any = tifffile.TiffFile(
         io.BytesIO(source.content) if source.content else source.path or ""
     )
     return file, [page for page in file.pages if not page.is_reduced and not page.is_mask]
 
 
-def _read_tiff_page(source: ImageSource, number: int) -> bytes:
+def _read_tiff_page(source: ImageSource, number: int, max_pixels: int) -> bytes:
     import tifffile
 
     file, pages = _open_tiff(source)
+    page = pages[min(number, len(pages) - 1)]
+    height, width = page.imagelength, page.imagewidth
+    if page.is_tiled:
+        height, width = max(height, page.tilelength), max(width, page.tilewidth)
+    claim = Description("TIFF", height, width, page.samplesperpixel, page.dtype.name)
+    check_claim(claim, source.size(), max_pixels)
     if number < len(pages):
-        page = pages[number]
         samples = page.asarray(maxworkers=1)
     else:  # ImageJ describes one page of a large stack, and lets the other ones follow
         page = pages[0]

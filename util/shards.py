@@ -21,8 +21,8 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from util.decoding import ImageSource, UnreadableImage, image_suffixes, printable
-from util.errors import UserError, say, warn
+from util.decoding import ImageSource, UnreadableImage, image_suffixes
+from util.errors import UserError, printable, say, warn
 from util.searching import SYSTEM_NAMES, Found
 
 COMPRESSED = "is compressed, which can't be read at random: decompress it (gunzip, unxz, unzstd)"
@@ -217,7 +217,8 @@ def _save(file: Path, index: dict[str, Any]) -> None:
 def _build(shards: list[str]) -> dict[str, Any]:
     is_main = os.environ.get("RANK", "0") == "0"
     if is_main:
-        say(f"indexing {len(shards)} shards in {os.path.dirname(shards[0])}, once", sys.stderr)
+        folder = printable(os.path.dirname(shards[0]))
+        say(f"indexing {len(shards)} shards in {folder}, once", sys.stderr)
     counts: Counter[str] = Counter()
     passed_over: Counter[str] = Counter()
     names: list[bytes] = []
@@ -298,6 +299,7 @@ def _name_in_json(content: bytes) -> str | None:
     with contextlib.suppress(ValueError, RecursionError):
         fields = json.loads(content)
         if isinstance(fields, dict) and isinstance(fields.get("name"), str):
+            os.fsencode(fields["name"])  # not every string of JSON is text
             page = fields.get("page")
             return fields["name"] if page is None else f"{fields['name']} page {page}"
     return None

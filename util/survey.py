@@ -10,13 +10,14 @@ import numpy as np
 
 from util import decoding
 from util.decoding import Description, ImageSource, UnreadableImage, UnsuitableImage
-from util.errors import UserError, say, warn
+from util.errors import UserError, printable, say, warn
 from util.pixels import RGB, PixelFormat
 from util.searching import Found
 
 SAMPLED_FILES = 32
 DECODED_VALUES = 150_000_000  # of the sample: a second or two. A time would differ by process.
 RANGE_FILES = 8
+PART = 1 << 24  # samples
 Range = tuple[float, float, int, int]  # lowest, highest, how many are clipped, of how many
 
 
@@ -109,25 +110,31 @@ def _read_sample(
                 read(source, pixels)
                 left -= description.height * description.width * description.bands
                 if not as_stored and len(ranges) < RANGE_FILES:
-                    ranges += _range(decoding.read_samples(source, pixels), pixels)
+                    found = _range(decoding.read_samples(source, pixels), pixels)
+                    ranges += [found] if found else []
             described.append(description)
         except UnsuitableImage as error:
             raise UserError(str(error)) from error
         except UnreadableImage as error:
-            name = decoding.printable(images[index])
+            name = printable(images[index])
             unreadable[name] = str(error).removeprefix(f"{name}: ")
     return described, unreadable, ranges
 
 
-def _range(samples: np.ndarray, pixels: PixelFormat) -> Iterator[Range]:
+def _range(samples: np.ndarray, pixels: PixelFormat) -> Range | None:
     """The range of a file's samples, if it has any but those that stand for no data."""
-    valid = samples[np.isfinite(samples)]
-    if pixels.nodata is not None:
-        valid = valid[valid != pixels.nodata]
-    if valid.size:
-        low, high = pixels.value_range or (-np.inf, np.inf)
-        clipped = int(((valid < low) | (valid > high)).sum())
-        yield valid.min().item(), valid.max().item(), clipped, valid.size
+    low, high = pixels.value_range or (-np.inf, np.inf)
+    lowest, highest, clipped, count = np.inf, -np.inf, 0, 0
+    # In parts, so that a large file needs no copies of its samples.
+    for part in np.array_split(samples, 1 + samples.size // PART):
+        valid = part[np.isfinite(part)]
+        if pixels.nodata is not None:
+            valid = valid[valid != pixels.nodata]
+        if valid.size:
+            lowest, highest = min(lowest, valid.min().item()), max(highest, valid.max().item())
+            clipped += int(((valid < low) | (valid > high)).sum())
+            count += valid.size
+    return (lowest, highest, clipped, count) if count else None
 
 
 def _summary(images: Surveyed, described: list[Description], labelled: bool) -> str:
@@ -259,7 +266,7 @@ def count(number: int, noun: str, plural: str = "") -> str:
 def first_names(names: Collection[str], most: int = 3) -> str:
     """The first few names, "a, b, c, ...", in characters that can be printed on one line."""
     shown = ", ".join([*names][:most]) + (", ..." if len(names) > most else "")
-    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in shown)
+    return printable(shown)
 
 
 def _counted(names: Collection[str], noun: str) -> str:
@@ -284,5 +291,5 @@ def _by_suffix(numbers: Counter[str], separator: str = ", ", most: int = 5) -> s
 def _tell(line: str) -> None:
     """A line on stdout, from the main process only."""
     if line and os.environ.get("RANK", "0") == "0":
-        encoding = sys.stdout.encoding or "utf-8"
+        encoding, line = sys.stdout.encoding or "utf-8", printable(line)
         say(line.encode(encoding, "backslashreplace").decode(encoding), sys.stdout)

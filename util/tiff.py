@@ -4,6 +4,7 @@ Pillow shows noise for some kinds of TIFF and cuts others to 8 bits. It gets tho
 is known to return; tifffile, an optional package, gets the rest.
 """
 
+import io
 import logging
 import math
 import re
@@ -16,10 +17,12 @@ from PIL import Image
 from PIL.TiffImagePlugin import COMPRESSION_INFO, ImageFileDirectory_v2
 
 from util.formats import (
+    SMALL,
     Description,
     StoredImage,
     UnsuitableImage,
     full_scale,
+    jpeg_frame,
     pillow_samples,
     turn,
 )
@@ -56,14 +59,24 @@ def open_tiff(file: BinaryIO) -> StoredImage:
     orientation = tags.get(274, 1) if tags.get(274, 1) in range(1, 9) else 1
     if not width or not height:
         raise ValueError("declares no width and height")
+    tile_width, tile_height = tags.get(322, 0), tags.get(323, 0)
+    if tile_width * tile_height * bands * bits > 8 * SMALL and (
+        tile_width > width or tile_height > height
+    ):
+        raise ValueError(f"claims tiles of {tile_width} x {tile_height} pixels")
     if tags.get(32997, 1) > 1:
         raise ValueError(f"holds a volume of {tags[32997]} planes: save them as pages")
-    if kind not in (1, 2, 3, 4) or not 0 < bits <= 64:
+    if kind not in (1, 2, 3, 4) or not (16 if kind == 3 else 1) <= bits <= 64:
         raise ValueError("holds samples that are neither integers nor floats: convert it")
     size = next(size for size in (8, 16, 32, 64) if size >= bits)
     dtype = f"{'int' if kind == 2 else 'float' if kind == 3 else 'uint'}{size}"
 
     in_planes = bands > 1 and tags.get(284, 1) == 2
+    parts = _values(tags, 324 if tile_width else 273), _values(tags, 325 if tile_width else 279)
+    rows = math.ceil(height / min(height, tile_height or tags.get(278) or height))
+    needed = rows * (math.ceil(width / tile_width) if tile_width else 1)
+    needed *= bands if in_planes else 1
+    raw_bytes = height * math.ceil(width * bands * bits / 8) if compression == 1 else 0
     by_pillow = (
         (photometric, bits, bands - alpha) in FOR_PILLOW
         and dtype.startswith("uint")
@@ -88,6 +101,8 @@ def open_tiff(file: BinaryIO) -> StoredImage:
     description = Description("TIFF", height, width, bands, dtype, bits, alpha=alpha)
 
     def read() -> np.ndarray:
+        jpeg_width = (tile_width or width) if compression == 7 else 0
+        _check_parts(file, *parts, needed, raw_bytes, jpeg_width)
         if by_pillow:
             image = Image.open(file, formats=("TIFF",))
             image.seek(index)
@@ -110,6 +125,40 @@ def open_tiff(file: BinaryIO) -> StoredImage:
         lambda: max(sum(map(_is_image, _pages(file))), _images_in_description(tags)),
         lambda: orientation,
     )
+
+
+def _check_parts(
+    file: BinaryIO,
+    starts: tuple[int, ...],
+    sizes: tuple[int, ...],
+    needed: int,
+    raw_bytes: int,
+    jpeg_width: int,
+) -> None:
+    """Refuse strips or tiles that are not in the file, which decoders may show as black or grey.
+
+    Those that start nowhere are meant to be empty.
+
+    Args:
+        starts, sizes: where strips or tiles are, in bytes; old files may lack or misstate sizes.
+        needed: how many the image has.
+        raw_bytes: of all, if they aren't compressed, else 0.
+        jpeg_width: theirs, if they are JPEGs, else 0.
+    """
+    if len(starts) < needed:
+        raise ValueError(f"lists {len(starts)} of its {needed} strips or tiles")
+    if 0 < sum(sizes) < raw_bytes:
+        raise ValueError(f"holds {sum(sizes)} of the {raw_bytes} bytes that it claims")
+    end = file.seek(0, io.SEEK_END)
+    for start, size in zip(starts, sizes, strict=False):
+        if start + size > end or (start and not size and not raw_bytes):
+            raise ValueError("is truncated: a strip or tile is not all there")
+        if jpeg_width and size:
+            file.seek(start)
+            content = file.read(size)
+            frame = jpeg_frame(content)
+            if b"\xff\xd9" not in content[-8:] or (frame and frame[2] < jpeg_width):
+                raise ValueError("is truncated: a strip or tile is part of a JPEG")
 
 
 def _read_with_tifffile(
@@ -142,11 +191,15 @@ def _pages(file: BinaryIO) -> Iterator[ImageFileDirectory_v2]:
         tags = ImageFileDirectory_v2(b"II+\0" + header[4:], header[:2])
     else:
         tags = ImageFileDirectory_v2(header[:8])
+    left = file.seek(0, io.SEEK_END)
     seen = {0}
     while tags.next not in seen:
         seen.add(tags.next)
-        file.seek(tags.next)
+        start = file.seek(tags.next)
         tags.load(file)
+        left -= file.tell() - start
+        if left < 0:
+            raise ValueError("has pages whose tags overlap")
         yield tags
 
 
