@@ -373,6 +373,7 @@ class Checkpoints:
 
         Raises:
             SystemExit: a process got a signal; the state is saved.
+            UserError: likewise, and it could not be saved.
         """
         now = time.monotonic()
         is_time = self.process.is_main and now >= self._next_save
@@ -491,14 +492,15 @@ class Checkpoints:
         return all(distributed.gather(self.writer.last_succeeded))
 
     def _stop(self, state: TrainingState, received: int) -> None:
-        command = "the same command" + " with --resume auto" * (self._resume != "auto")
-        outcome = f"{command} continues from {self.output_dir / LAST}"
+        stopped = (
+            f"{signal.Signals(received).name}: stopped after step {state.step} of epoch "
+            f"{state.epoch}"
+        )
         if not self._settle():
-            outcome = "this state could not be saved"
+            raise UserError(f"{stopped}; this state could not be saved, see the warnings")
         if self.process.is_main:
-            name = signal.Signals(received).name
-            place = f"step {state.step} of epoch {state.epoch}"
-            say(f"{name}: stopped after {place}; {outcome}", sys.stdout)
+            command = "the same command" + " with --resume auto" * (self._resume != "auto")
+            say(f"{stopped}; {command} continues from {self.output_dir / LAST}", sys.stdout)
         raise SystemExit(128 + received)
 
 
