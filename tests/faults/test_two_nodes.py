@@ -144,7 +144,8 @@ def test_an_unknown_network_interface_is_named(flags):
 MACHINES = """
 mount --bind "$1" /etc/hosts && hostname machine0 && ip link set lo up || exit 77
 unshare --net --uts sleep 300 & other=$!
-until ip link add wire0 type veth peer name wire1 netns $other 2>/dev/null; do sleep 0.1; done
+until [ "$(readlink /proc/$other/ns/net)" != "$(readlink /proc/$$/ns/net)" ]; do sleep 0.1; done
+ip link add wire0 type veth peer name wire1 netns $other
 ip addr add 10.77.0.1/24 dev wire0 && ip link set wire0 up
 machine1="nsenter --target $other --net --uts"
 $machine1 sh -c "hostname machine1; ip addr add 10.77.0.2/24 dev wire1
