@@ -153,9 +153,10 @@ $machine1 sh -c "hostname machine1; ip addr add 10.77.0.2/24 dev wire1
 shift
 export WORLD_SIZE=2 MASTER_ADDR=10.77.0.1 MASTER_PORT=29500
 RANK=1 $machine1 env ${INTERFACES:+GLOO_SOCKET_IFNAME=wire1} "$@" & rank1=$!
-RANK=0 env ${INTERFACES:+GLOO_SOCKET_IFNAME=wire0} "$@"; code=$?
-if [ -n "$INTERFACES" ]; then wait $rank1 || code=$?; fi
-kill -9 $rank1 $other 2>/dev/null
+RANK=0 env ${INTERFACES:+GLOO_SOCKET_IFNAME=wire0} "$@" & rank0=$!
+wait -n $rank0 $rank1; code=$?
+if [ -n "$INTERFACES" ]; then wait $rank0 && wait $rank1 || code=$?; fi
+kill -9 $rank0 $rank1 $other 2>/dev/null
 exit $code
 """
 
