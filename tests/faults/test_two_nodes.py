@@ -144,7 +144,8 @@ def test_an_unknown_network_interface_is_named(flags):
 MACHINES = """
 mount --bind "$1" /etc/hosts && hostname machine0 && ip link set lo up || exit 77
 unshare --net --uts sleep 300 & other=$!
-until ip link add wire0 type veth peer name wire1 netns $other 2>/dev/null; do sleep 0.1; done
+until [ "$(readlink /proc/$other/ns/net)" != "$(readlink /proc/$$/ns/net)" ]; do sleep 0.1; done
+ip link add wire0 type veth peer name wire1 netns $other
 ip addr add 10.77.0.1/24 dev wire0 && ip link set wire0 up
 machine1="nsenter --target $other --net --uts"
 $machine1 sh -c "hostname machine1; ip addr add 10.77.0.2/24 dev wire1
@@ -152,9 +153,10 @@ $machine1 sh -c "hostname machine1; ip addr add 10.77.0.2/24 dev wire1
 shift
 export WORLD_SIZE=2 MASTER_ADDR=10.77.0.1 MASTER_PORT=29500
 RANK=1 $machine1 env ${INTERFACES:+GLOO_SOCKET_IFNAME=wire1} "$@" & rank1=$!
-RANK=0 env ${INTERFACES:+GLOO_SOCKET_IFNAME=wire0} "$@"; code=$?
-if [ -n "$INTERFACES" ]; then wait $rank1 || code=$?; fi
-kill -9 $rank1 $other 2>/dev/null
+RANK=0 env ${INTERFACES:+GLOO_SOCKET_IFNAME=wire0} "$@" & rank0=$!
+wait -n $rank0 $rank1; code=$?
+if [ -n "$INTERFACES" ]; then wait $rank0 && wait $rank1 || code=$?; fi
+kill -9 $rank0 $rank1 $other 2>/dev/null
 exit $code
 """
 
