@@ -194,16 +194,14 @@ class Job:
         ends = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL")
         return wait_until(lambda: (s := self.field("JobState")) in ends and s, self.log)
 
-    def kill_on(self, node, word=""):
-        """SIGKILL the job's Python processes on a node whose command lines have a word."""
-        wanted = {f"SLURM_JOB_ID={self.id}", f"SLURMD_NODENAME={node}"}
-        for folder in Path("/proc").glob("[0-9]*"):
-            with contextlib.suppress(OSError):
-                variables = (folder / "environ").read_text(errors="replace").split("\0")
-                program, *rest = (folder / "cmdline").read_text(errors="replace").split("\0")
-                is_python = Path(program).name.startswith("python")
-                if is_python and wanted <= set(variables) and word in "\0".join(rest):
-                    os.kill(int(folder.name), signal.SIGKILL)
+    def kill_on(self, node):
+        """SIGKILL torchrun and the processes that it has started on a node."""
+        for line in shell("scontrol", "listpids", self.id, node).splitlines()[1:]:
+            number = int(line.split()[0])
+            with contextlib.suppress(OSError, ValueError):
+                command = Path(f"/proc/{number}/cmdline").read_text(errors="replace")
+                if number > 1 and "python" in command.split("\0")[0]:
+                    os.kill(number, signal.SIGKILL)
 
 
 def flags_of(image_folder, output_dir):
@@ -337,12 +335,13 @@ def test_a_lost_node_requeues(slurm, submit, flags, undisturbed):
 @pytest.mark.thorough
 @pytest.mark.parametrize("node", NODES[:2], ids=["first node", "second node"])
 def test_a_dead_torchrun_starts_all_again(node, submit, flags, undisturbed):
-    """Of the node that holds torchrun's store, or of the other; its worker lives on."""
-    job = submit(flags)
+    """On the node that holds torchrun's store, or on the other, with the process it started."""
+    job = submit(flags, STEP_SECONDS="1")
     job.wait_for(SAVED)
-    job.kill_on(node, "--node_rank")
+    job.kill_on(node)
     assert_as_undisturbed(job, flags, undisturbed)
     assert "starting all again on the same nodes (restart 1 of at most 3)" in job.text()
+    assert re.search("resuming .* of epoch [01]", job.text())
     assert job.field("Restarts") == "0"
 
 
