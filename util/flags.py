@@ -481,7 +481,8 @@ def add_runtime_flags(parser: argparse.ArgumentParser, grad_checkpointing: bool 
         "--timeout_minutes",
         type=number(0, 1e6, above=True),
         default=30,
-        help="how long a process waits for the others, for example while one saves",
+        help="after so long without progress of any process, or ten times as long in a save or an "
+        "evaluation, the run says which one is stuck, and ends",
     )
     if grad_checkpointing:
         free.add_argument(
