@@ -420,22 +420,23 @@ def test_a_claim_is_refused_before_anything_is_allocated(name):
     assert read_in_own_process(name, claim, 2 * len(whole_files(name)), growth=64) == 0
 
 
-def zeros(mebibytes):
-    """Deflated, a thousandth of their size, without ever being whole."""
-    compressor = zlib.compressobj(9)
-    parts = [compressor.compress(bytes(MIB)) for _ in range(mebibytes)]
+@functools.cache
+def zeros():
+    """100 MiB of them, deflated to a thousandth, without ever being whole."""
+    compressor = zlib.compressobj()
+    parts = [compressor.compress(bytes(MIB)) for _ in range(100)]
     return b"".join(parts) + compressor.flush()
 
 
 def heavy(name, number):
-    """Small files of which some part grows to hundreds of megabytes, or says so."""
+    """Small files of which some part grows to a hundred megabytes, or says so."""
     rows = zlib.compress(b"".join(b"\0" + row.tobytes() for row in array()))
     whole = by_pillow("TIFF")
     entries = int.from_bytes(whole[4:8], "little") + 2
     entry = struct.pack("<HHII", 270, 2, (1 << 32) - 16, 8)  # a text of 4 GiB
     exif = b"Exif\0\0II*\0\x08\0\0\0\1\0" + entry + bytes(4)
     if number < 5:
-        grown = zeros(300)
+        grown = zeros()
         return (
             png(8, 2, rows, b"zTXtTitle\0\0" + grown),
             png(8, 2, rows, b"iTXtTitle\0\1\0\0\0" + grown),
@@ -595,7 +596,7 @@ def test_messages_of_c_are_caught_and_those_of_python_are_not(capfd):
     libc = ctypes.CDLL(None)
     stderr = ctypes.c_void_p.in_dll(libc, "stderr")
     for number in range(3):
-        with c_messages.caught() as messages:
+        with c_messages.Caught() as messages:
             libc.fprintf(stderr, b"from C %d\n", number)
             print("from Python", file=sys.stderr)
             os.write(2, b"from a thread\n")
@@ -609,7 +610,7 @@ def test_messages_of_c_are_caught_and_those_of_python_are_not(capfd):
 
 def catch_one():
     libc = ctypes.CDLL(None)
-    with c_messages.caught() as messages:
+    with c_messages.Caught() as messages:
         libc.fputs(b"in a worker", ctypes.c_void_p.in_dll(libc, "stderr"))
     return messages.text
 
