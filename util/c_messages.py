@@ -8,13 +8,6 @@ import contextlib
 import ctypes
 import functools
 import os
-from collections.abc import Iterator
-
-
-class Messages:
-    """What was printed; `text` is "" until the end."""
-
-    text = ""
 
 
 class _Memory:
@@ -24,6 +17,7 @@ class _Memory:
         self.libc = ctypes.CDLL(None)
         name = "stderr" if hasattr(self.libc, "stderr") else "__stderrp"  # as macOS calls it
         self.variable = ctypes.c_void_p.in_dll(self.libc, name)
+        self.usual, self.users = self.variable.value, 0
         self.text, self.size = ctypes.c_void_p(), ctypes.c_size_t()
         self.libc.open_memstream.restype = ctypes.c_void_p
         address = self.libc.open_memstream(ctypes.byref(self.text), ctypes.byref(self.size))
@@ -47,17 +41,21 @@ def _memory(process: int) -> _Memory | None:
     return None
 
 
-@contextlib.contextmanager
-def caught() -> Iterator[Messages]:
-    """Keep C libraries' messages off stderr; afterwards they are in the `Messages`."""
-    messages, memory = Messages(), _memory(os.getpid())
-    if memory is None:
-        yield messages
-        return
-    before = memory.variable.value
-    memory.variable.value = memory.stream.value
-    try:
-        yield messages
-    finally:
-        memory.variable.value = before
-        messages.text = memory.take()
+class Caught:
+    """A context that keeps C libraries' messages off stderr; afterwards they are its `text`."""
+
+    text = ""
+
+    def __enter__(self) -> "Caught":
+        self._memory = _memory(os.getpid())
+        if self._memory:
+            self._memory.users += 1
+            self._memory.variable.value = self._memory.stream.value
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._memory:
+            self._memory.users -= 1
+            if not self._memory.users:  # neither a context around this one nor another thread's
+                self._memory.variable.value = self._memory.usual
+            self.text = self._memory.take()

@@ -128,11 +128,9 @@ def _read_plain_jpeg(source: ImageSource, pixels: PixelFormat) -> Tensor | None:
                     return None
                 content = b"\xff\xd8" + file.read()
         frame = formats.jpeg_frame(content)
-        if frame:
-            _, height, width, _ = frame
-            claim = Description("JPEG", height, width, 3)
-            formats.check_claim(claim, len(content), pixels.max_pixels)
-            with c_messages.caught() as messages:
+        _, height, width, _ = frame or (0, 0, 0, 0)
+        if 0 < height * width <= min(formats.SMALL // 3, pixels.max_pixels):
+            with c_messages.Caught() as messages:
                 image = formats.decode_rgb(content, height, width)
             if not formats.DAMAGE.search(messages.text):
                 return image
@@ -163,7 +161,7 @@ def _opened(source: str | Path | ImageSource, pixels: PixelFormat) -> Iterator[S
         with (
             warnings.catch_warnings(),
             _open_file(source) as file,
-            c_messages.caught() as messages,
+            c_messages.Caught() as messages,
         ):
             warnings.simplefilter("ignore")  # about metadata, repeated for each file
             yield _read_header(file, source, pixels)

@@ -32,7 +32,7 @@ PNM_HEADER = re.compile(rb"P([2356])" + 3 * (BLANKS + rb"(\d{1,9})") + rb"\s")
 BYTES_PER_PIXEL = 8  # of --max_pixels: four bands of 16 bits
 PIXELS_PER_BYTE = 10_000  # of a file
 SMALL = 1 << 27  # bytes that any file may claim, such as a blank page of a fax
-STRIP = 1 << 22  # pixels that are copied out of Pillow at a time
+STRIP = 1 << 20  # pixels that are copied out of Pillow at a time
 
 # What libjpeg says of lost pixels, which it fills with grey or noise. It says only its first
 # warning; others are of bytes that nothing needs.
@@ -397,7 +397,8 @@ def decode_rgb(
     content: bytes, height: int, width: int, mode: ImageReadMode = ImageReadMode.RGB
 ) -> Tensor:
     """A JPEG or WebP as uint8 [3, H, W] by torchvision: faster than Pillow, equal to the bit."""
-    np.empty((height, width, 3), np.uint8)  # where that fails, libtorch prints its stack
+    if height * width * 3 > SMALL:
+        np.empty((height, width, 3), np.uint8)  # where that fails, libtorch prints its stack
     return decode_image(torch.frombuffer(bytearray(content), dtype=torch.uint8), mode)
 
 

@@ -37,7 +37,7 @@ def read_page(source: ImageSource, page: int, pixels: PixelFormat) -> ImageSourc
     stored = describe(source, pixels, count_pages=False)
     name = f"{source.name} page {page}"
     try:
-        with c_messages.caught(), warnings.catch_warnings():
+        with c_messages.Caught(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             if stored.format == "TIFF":
                 return ImageSource(name, content=_read_tiff_page(source, page, pixels.max_pixels))
