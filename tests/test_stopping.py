@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 
 import pytest
 from helpers import ROOT, assert_same_bits, events, final_state, start_fresh
@@ -28,6 +29,27 @@ def test_a_first_signal_is_acknowledged_and_its_echoes_are_not_a_second(number, 
     (line,) = capfd.readouterr().err.splitlines()
     assert line.startswith(f"{signal.Signals(number).name}: saving, then stopping")
     assert "a second signal (after 2 s) ends the run" in line
+
+
+def test_signals_that_interrupt_each_other_are_no_deadlock():
+    """A handler that holds a lock would wait for itself for ever; it did in one of ten seconds."""
+    code = """
+from util import stopping
+stopping.SAME_REQUEST_SECONDS = 100.0
+with stopping.StopSignals() as signals:
+    print("ready", flush=True)
+    input()
+print(signals.received)
+"""
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, text=True, **pipes)
+    assert process.stdout.readline() == "ready\n"
+    for _ in range(4_000):
+        process.send_signal(signal.SIGTERM)
+        process.send_signal(signal.SIGINT)
+        time.sleep(0.0001)
+    out, err = process.communicate("\n", timeout=60)
+    assert (process.returncode, out) == (0, "15\n"), err
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

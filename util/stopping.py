@@ -30,18 +30,14 @@ class StopSignals:
         self.received = 0
 
     def __enter__(self) -> "StopSignals":
-        self._heard = threading.Semaphore(0)
         self._reader, writer = os.pipe()
         os.set_blocking(writer, False)
         self._writer = writer
         self._thread = threading.Thread(target=self._listen, daemon=True)
         self._thread.start()
         self._before = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
-        # A handler keeps a signal from its default, and the main thread until it is heard.
-        self._handlers = {
-            number: signal.signal(number, lambda *_: self._heard.acquire(timeout=1))
-            for number in SIGNALS
-        }
+        # A handler keeps a signal from its default.
+        self._handlers = {number: signal.signal(number, self._wait) for number in SIGNALS}
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -58,7 +54,15 @@ class StopSignals:
         while number := os.read(self._reader, 1)[0]:
             if number in SIGNALS:
                 self._receive(signal.Signals(number))
-                self._heard.release()
+
+    def _wait(self, *_: object) -> None:
+        """Keep the main thread until the first signal is heard.
+
+        Without a lock: another signal may interrupt this function and call it again.
+        """
+        deadline = time.monotonic() + 1
+        while not self.received and time.monotonic() < deadline:
+            time.sleep(0.001)
 
     def _receive(self, number: signal.Signals) -> None:
         now = time.monotonic()
