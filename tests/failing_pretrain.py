@@ -1,6 +1,10 @@
-"""tiny_pretrain.py whose rank 1 fails at its fifth step, with seed 1 by a loss that is nan."""
+"""tiny_pretrain.py whose rank 1 fails at its fifth step.
+
+With seed 1 its loss is nan. With seed 2 it has a user's error, and rank 0 hangs there.
+"""
 
 import os
+import time
 
 import tiny_pretrain  # noqa: F401, for its model
 import torch
@@ -8,6 +12,7 @@ import torch
 import main_pretrain
 from models_mae import MaskedAutoencoderViT
 from util import cli
+from util.errors import UserError
 
 forward_loss = MaskedAutoencoderViT.forward_loss
 parser = main_pretrain.get_args_parser()
@@ -17,11 +22,15 @@ calls = []
 def failing_loss(self, imgs, pred, mask):
     calls.append(len(calls))
     loss = forward_loss(self, imgs, pred, mask)
-    if len(calls) == 5 and os.environ["RANK"] == "1":
-        if parser.parse_args().seed == 0:
-            raise RuntimeError("rank 1 fails here")
+    if len(calls) != 5:
+        return loss
+    seed = parser.parse_args().seed
+    if os.environ["RANK"] == "0":
+        time.sleep(1000 if seed == 2 else 0)
+        return loss
+    if seed == 1:
         return loss * torch.nan
-    return loss
+    raise UserError("rank 1 has an error") if seed else RuntimeError("rank 1 fails here")
 
 
 if __name__ == "__main__":

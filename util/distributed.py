@@ -17,13 +17,13 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.launcher.api import LaunchConfig
 from torch.nn.parallel import DistributedDataParallel
 
-from util.errors import UserError, warn
+from util.errors import LostProcess, UserError, warn
 from util.watching import Watch
 
-# Of all processes, over gloo, for what is not a tensor of the model. How long it waits, a `Watch`
-# decides.
+# Of all processes, over gloo, for what is not a tensor of the model.
 _control: dist.ProcessGroup | None = None
 
 
@@ -84,7 +84,7 @@ def process_group(device: str, timeout_minutes: float = 30) -> Iterator[Process]
 
     Args:
         device: `--device`: auto, cpu, cuda or cuda:INDEX.
-        timeout_minutes: how long a process waits for the others before it gives up.
+        timeout_minutes: see `watching.Watch`.
 
     Yields:
         this `Process`.
@@ -109,36 +109,40 @@ def process_group(device: str, timeout_minutes: float = 30) -> Iterator[Process]
         return
     process = Process(rank, world_size, selected)
     backend = "nccl" if process.device.type == "cuda" else "gloo"
-    timeout = timedelta(minutes=timeout_minutes)
-    if backend == "nccl":
-        timeout = 1.1 * timeout + timedelta(seconds=30)  # it aborts: the `Watch` must speak before
+    limit = timedelta(minutes=timeout_minutes)
+    # A `Watch` speaks first, and says more than the groups would.
+    timeout = 1.1 * limit + timedelta(seconds=30)
     warn_of_shared_store()
-    store = store_of_this_attempt(process, timeout)
-    with _explain_gloo() if backend == "gloo" else contextlib.nullcontext():
-        dist.init_process_group(
-            backend, store=store, rank=rank, world_size=world_size, timeout=timeout
-        )
-    with _explain_gloo():
-        _control = dist.new_group(backend="gloo", timeout=timedelta(days=365))
+    name, store = store_of_this_attempt(process, limit)
+    client = dist.TCPStore(
+        os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False
+    )
+    watch = Watch(dist.PrefixStore(name, client), rank, world_size, limit.total_seconds())
     leaving_together = False
     try:
-        with _watch(process, 60 * timeout_minutes):
+        with watch, _explain_loss(watch):
+            with _explain_gloo():
+                dist.init_process_group(
+                    backend, store=store, rank=rank, world_size=world_size, timeout=timeout
+                )
+                # How long this one waits, the `Watch` decides.
+                _control = dist.new_group(backend="gloo", timeout=timedelta(days=365))
             yield process
         leaving_together = True
     except SystemExit:  # stopped by a signal, on which all processes agreed
         leaving_together = True
         raise
     finally:
-        _control = None
-        # Destroying an NCCL group waits for its peers. After an error of this process they would
-        # never come: leave at once instead, and torchrun ends them.
-        if leaving_together and backend == "gloo":
-            # With torch 2.6, destroying the group hung in one of six starts beside busy processes,
-            # where one process came much earlier than the other.
-            with contextlib.suppress(RuntimeError):  # of one that has failed after all
-                dist.barrier()
-        if leaving_together or backend == "gloo":
+        # Destroying a group waits for its peers. After an error of this process they may never
+        # come: leave at once instead, and torchrun ends them.
+        if leaving_together:
+            if backend == "gloo":
+                # With torch 2.6, destroying the group hung in one of six starts beside busy
+                # processes, where one process came much earlier than the other.
+                with contextlib.suppress(RuntimeError):  # of one that has failed after all
+                    dist.barrier()
             dist.destroy_process_group()
+        _control = None
 
 
 def warn_of_shared_store() -> None:
@@ -155,8 +159,8 @@ def warn_of_shared_store() -> None:
         )
 
 
-def store_of_this_attempt(process: Process, timeout: timedelta) -> dist.Store:
-    """A store to meet in, which no process of an earlier attempt has written to.
+def store_of_this_attempt(process: Process, timeout: timedelta) -> tuple[str, dist.Store]:
+    """A store to meet in, which no process of an earlier attempt has written to, and its name.
 
     torchrun's store outlives an attempt. In it gloo and NCCL would read the addresses of dead
     processes (https://github.com/pytorch/pytorch/issues/135712, 167288). Its count of restarts
@@ -165,7 +169,7 @@ def store_of_this_attempt(process: Process, timeout: timedelta) -> dist.Store:
     dead process's question may still lie there, but only a living process confirms the answer.
 
     Raises:
-        UserError: a process doesn't come within the timeout.
+        LostProcess: a process doesn't come within the timeout.
     """
     store, _, _ = next(dist.rendezvous("env://", timeout=timeout))
     store = dist.PrefixStore("attempts", store)
@@ -185,12 +189,12 @@ def store_of_this_attempt(process: Process, timeout: timedelta) -> dist.Store:
             store.set(f"{name}/{process.rank}", "")
             missing = set()
         if missing and time.monotonic() > deadline:
-            raise UserError(
+            raise LostProcess(
                 f"rank {', '.join(map(str, sorted(missing)))} didn't start within "
                 f"{timeout.total_seconds() / 60:g} minutes: see what its machine says"
             )
         time.sleep(0.05)
-    return dist.PrefixStore(name, store)
+    return name, dist.PrefixStore(name, store)
 
 
 @contextlib.contextmanager
@@ -201,6 +205,8 @@ def _explain_gloo() -> Iterator[None]:
     except (dist.DistNetworkError, dist.DistStoreError):  # of torchrun's own meeting point
         raise
     except RuntimeError as error:
+        if any(text in str(error) for text in ("closed by peer", "reset by peer")):
+            raise  # they have reached each other
         reason = str(error).splitlines()[0]
         raise UserError(
             f"the processes can't reach each other ({reason}): gloo uses the address that the host "
@@ -210,19 +216,14 @@ def _explain_gloo() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _watch(process: Process, timeout_seconds: float) -> Iterator[None]:
-    """Watch over the processes, and raise a LostProcess where a connection to one breaks."""
-    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    client = dist.TCPStore(address, port, is_master=False)
-    name = f"watch/{gather(os.urandom(8).hex())[0]}"  # no earlier attempt's
-    store = dist.PrefixStore(name, client)
-    with Watch(store, process.rank, process.world_size, timeout_seconds) as watch:
-        try:
-            yield
-        except RuntimeError as error:
-            if isinstance(error, dist.DistError) or "gloo" in str(error):
-                raise watch.lost(error) from error
-            raise
+def _explain_loss(watch: Watch) -> Iterator[None]:
+    """Turn the error of a broken connection into a LostProcess that names the process."""
+    try:
+        yield
+    except RuntimeError as error:
+        if isinstance(error, dist.DistError) or "gloo" in str(error).lower():
+            raise watch.lost(error) from error
+        raise
 
 
 def seconds_to_save() -> float:
@@ -232,6 +233,8 @@ def seconds_to_save() -> float:
     """
     if "TORCHELASTIC_RUN_ID" not in os.environ:
         return math.inf
+    if not hasattr(LaunchConfig, "shutdown_timeout"):
+        return 30.0
     return float(os.environ.get("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", 30))
 
 

@@ -247,8 +247,8 @@ class ImageLoader:
 
         An image that is not readable is warned of and replaced, see `ImageDataset`.
         """
-        for imgs, labels, indices, problems in self._batches():
-            watching.beat()
+        for number, (imgs, labels, indices, problems) in enumerate(self._batches()):
+            watching.at_long(f"batch {number} of {self.dataset.paths.origin}")
             self._warn_unreadable(indices, problems)
             yield imgs, labels, indices, torch.tensor([not problem for problem in problems])
 

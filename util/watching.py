@@ -76,7 +76,8 @@ def saving() -> Iterator[None]:
 class Watch:
     """Within this context, processes tell each other where they are.
 
-    Where none has gone on for `timeout_seconds`, each ends with exit code 1, and one says why.
+    Where none has gone on for `timeout_seconds`, or `PATIENCE` times as long in what may take long,
+    each ends with exit code 1, and one says which it waits for.
 
     Args:
         store: a client of the processes' store that nothing else uses.
@@ -92,6 +93,8 @@ class Watch:
         self.world_size = world_size
         self.timeout_seconds = timeout_seconds
         self._calls = 0
+        self._asked = time.monotonic()
+        self._host: dict[str, Any] | None = None  # rank 0's last report: it may hold the store
         self._left = threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True)
 
@@ -101,9 +104,12 @@ class Watch:
         self._thread.start()
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, _kind: object, error: BaseException | None, _traceback: object) -> None:
         self._left.set()
         self._thread.join()
+        if error is not None and not isinstance(error, (SystemExit, LostProcess)):
+            with contextlib.suppress(RuntimeError):
+                self.store.set(f"seen/{self.rank}", json.dumps(self._report() | {"failed": True}))
 
     def lost(self, error: Exception) -> LostProcess:
         """What to raise after an error of a connection: it names the process that is lost.
@@ -111,41 +117,53 @@ class Watch:
         The text is empty in all processes but one.
         """
         # Without the place in gloo's source before it, and the guesses behind it.
-        reason = re.sub(r"^\[\S+\] ", "", str(error).splitlines()[0]).partition(". ")[0]
+        reason = re.sub(r"^\[\S+\] ", "", str(error).partition("\n")[0]).partition(". ")[0]
         try:
             answers = self._call()
             text = f"{self._blame(answers)} ({reason}); {_ADVICE}"
             return LostProcess(text if self._is_first_to_say() else "")
         except RuntimeError:
-            return LostProcess(f"{_unreachable()} ({reason}); {_ADVICE}")
+            return LostProcess(f"{self._unreachable()} ({reason}); {_ADVICE}")
 
     def _watch(self) -> None:
         """The thread: post, answer, and look whether it is time to ask."""
-        interval = min(5.0, self.timeout_seconds / 10)
-        posted = ""
-        asked = time.monotonic()
+        posted, looked = "", time.monotonic()
         while not self._left.wait(_POLL_SECONDS):
+            now = time.monotonic()
+            if now - looked > 10 * _POLL_SECONDS:  # the whole process was stopped, and goes on
+                _progress.since += now - looked
+            looked = now
             try:
                 if posted != _progress.place:
                     posted = _progress.place
                     self._post()
+                    if self.rank and self.store.check(["seen/0"]):
+                        self._host = json.loads(self.store.get("seen/0"))
                 self._answer()
                 if self.store.check(["said"]):
                     self._end()
-                is_time = time.monotonic() - asked > interval
-                if _progress.idle_seconds() > self.timeout_seconds and is_time:
+                if self._is_time_to_ask(now):
                     self._end_if_stuck()
-                    asked = time.monotonic()
-            except RuntimeError:  # the store is gone, and with it torchrun or the first process
+            except RuntimeError:  # the store is gone, and with it torchrun or rank 0
                 if _progress.idle_seconds() > self.timeout_seconds:
-                    self._end(f"{_unreachable()}; this process was at {_progress.place}")
+                    self._end(f"{self._unreachable()}; this process was at {_progress.place}")
+
+    def _is_time_to_ask(self, now: float) -> bool:
+        """Whether nothing has moved here for too long, and nobody has asked for some time.
+
+        The ranks wait in turn, so that one asks for all.
+        """
+        interval = min(60.0, self.timeout_seconds / 10)
+        turn = (1 + min(self.rank, 10) / 4) * interval
+        return _progress.idle_seconds() > self.timeout_seconds and now - self._asked > turn
 
     def _post(self) -> None:
         self.store.set(f"seen/{self.rank}", json.dumps(self._report()))
 
     def _report(self) -> dict[str, Any]:
         return {
-            "place": _progress.place + ", saving" * (_progress.saving > 0),
+            "place": _progress.place,
+            "saving": _progress.saving > 0,
             "idle": _progress.idle_seconds(),
             "host": socket.gethostname(),
         }
@@ -154,6 +172,7 @@ class Watch:
         while self.store.check([f"call/{self._calls}"]):
             self.store.set(f"answer/{self._calls}/{self.rank}", json.dumps(self._report()))
             self._calls += 1
+            self._asked = time.monotonic()
 
     def _call(self) -> dict[int, dict[str, Any]]:
         """Every process's report, by rank, but for those whose thread does not answer."""
@@ -181,26 +200,32 @@ class Watch:
     def _blame(self, answers: dict[int, dict[str, Any]]) -> str:
         """Where the processes that the rest waits for were last seen."""
         silent = [rank for rank in range(self.world_size) if rank not in answers]
-        reports = answers | {rank: json.loads(self.store.get(f"seen/{rank}")) for rank in silent}
-        blamed, fate = silent, "answers no more"
+        reports = answers | {
+            rank: json.loads(self.store.get(f"seen/{rank}"))
+            for rank in silent
+            if self.store.check([f"seen/{rank}"])
+        }
+        blamed = silent
         if not silent:
             # Who waits moved last: whom they wait for has been idle for longest.
             longest = max(answer["idle"] for answer in answers.values())
             blamed = [rank for rank, answer in answers.items() if answer["idle"] == longest]
-            fate = "does not go on"
-        texts = [
-            f"rank {rank} on {reports[rank]['host']} {fate}, last seen at {reports[rank]['place']}"
-            for rank in blamed[:8]
-        ]
+        texts = [_fate(rank, reports.get(rank), rank in answers) for rank in blamed[:8]]
         if len(blamed) > 8:
             texts.append(f"{len(blamed) - 8} more")
         rest = {report["place"] for rank, report in reports.items() if rank not in blamed}
         waiting = f", the rest at {' and '.join(sorted(rest)[:3])}" if rest else ""
         return ", ".join(texts) + waiting
 
+    def _unreachable(self) -> str:
+        address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+        if self.rank == 0:
+            return f"torchrun answers no more at {address}"
+        return f"{_fate(0, self._host, False)}; it, or its torchrun, can't be reached at {address}"
+
     def _is_first_to_say(self) -> bool:
-        """Whether no process has said yet that one is stuck or lost."""
-        own = str(self.rank)
+        """Whether no thread of any process has said yet that one is stuck or lost."""
+        own = f"{self.rank} {threading.get_ident()}"
         return self.store.compare_set("said", "", own).decode() == own
 
     def _end(self, text: str = "") -> None:
@@ -208,6 +233,9 @@ class Watch:
             say(f"error: {text}; {_ADVICE}", sys.stderr)
         else:
             time.sleep(2)  # torchrun ends all processes as soon as one has ended
+        end = time.monotonic() + PATIENCE * self.timeout_seconds
+        while _progress.saving and time.monotonic() < end:
+            time.sleep(_POLL_SECONDS)
         # The main thread waits for another process and hears nothing.
         os._exit(1)
 
@@ -215,6 +243,12 @@ class Watch:
 _ADVICE = "the same command continues from the last checkpoint"
 
 
-def _unreachable() -> str:
-    address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
-    return f"the first process, or its torchrun, can't be reached at {address}"
+def _fate(rank: int, report: dict[str, Any] | None, answers: bool) -> str:
+    """What has become of a process, and where it was last seen."""
+    if report is None:
+        return f"rank {rank} did not get as far as to say where it is"
+    fate = "does not go on" if answers else "answers no more"
+    if report.get("failed"):
+        fate = "has ended with an error"
+    saving = ", saving" if report["saving"] else ""
+    return f"rank {rank} on {report['host']} {fate}, last seen at {report['place']}{saving}"

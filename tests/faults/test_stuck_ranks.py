@@ -2,25 +2,28 @@
 
 import re
 import signal
+import socket
 import time
 
 import pytest
 from helpers import ForkedScript, assert_same_bits, final_state, run
 
+from util.checkpoint import load_checkpoint
+
 SCRIPT = "tests/tiny_pretrain.py"
 STEP = r"step \d+ of epoch \d+"
-PLACE = rf"({STEP}|the evaluation after epoch \d+)"
+PLACE = rf"({STEP}|the evaluation after epoch \d+|batch \d+ of \S+)"
 VICTIMS = [pytest.param(0, marks=pytest.mark.thorough), 1]
 
 
 @pytest.fixture
 def flags(pretrain_flags):
-    """Flags of a run that goes on for ever, and waits for three seconds."""
+    """Flags of a run that goes on for ever, and waits for six seconds."""
     return pretrain_flags | {
         "batch_size": 1,
         "epochs": 10_000,
         "log_every": 1,
-        "timeout_minutes": 0.05,
+        "timeout_minutes": 0.1,
     }
 
 
@@ -43,8 +46,10 @@ def strike(script, flags, victim, number):
 def test_a_process_that_hangs_is_named(flags, victim):
     code, (line,) = strike(SCRIPT, flags, victim, signal.SIGSTOP)
     assert code == 1
-    assert re.match(rf"error: rank {victim} on \S+ answers no more, last seen at {PLACE}", line)
-    assert "nothing has moved for 0.05 minutes (--timeout_minutes)" in line
+    assert re.match(
+        rf"error: (\[rank \d\] )?rank {victim} on \S+ answers no more, last seen at {PLACE}", line
+    )
+    assert "nothing has moved for 0.1 minutes (--timeout_minutes)" in line
 
 
 @pytest.mark.parametrize("victim", VICTIMS)
@@ -52,7 +57,9 @@ def test_a_process_that_is_killed_is_named_at_once(flags, victim):
     began = time.monotonic()
     code, (line,) = strike(SCRIPT, flags | {"timeout_minutes": 30}, victim, signal.SIGKILL)
     assert code == 1
-    assert re.match(rf"error: rank {victim} on \S+ answers no more, last seen at {PLACE}", line)
+    assert re.match(
+        rf"error: (\[rank \d\] )?rank {victim} on \S+ answers no more, last seen at {PLACE}", line
+    )
     assert "Connection" in line
     assert time.monotonic() - began < 100
 
@@ -66,6 +73,59 @@ def test_a_process_that_waits_for_its_images_for_ever_is_named(flags):
         rf"error: rank 1 on \S+ does not go on, last seen at step 6 of epoch 0, the rest at {STEP}"
     )
     assert re.match(seen, line)
+
+
+@pytest.mark.thorough
+def test_a_run_that_was_stopped_as_a_whole_goes_on(flags):
+    """As by Ctrl-Z, or by a scheduler that suspends it."""
+    process = ForkedScript(SCRIPT, flags, processes=2)
+    assert any("epoch 1/10000  step 5/9" in line for line in process.stdout)
+    process.send_signal(signal.SIGSTOP)
+    time.sleep(15)
+    process.send_signal(signal.SIGCONT)
+    for _ in range(5):
+        assert any("step 5/9" in line for line in process.stdout)
+    time.sleep(5)  # in which it would be ended
+    process.send_signal(signal.SIGTERM)
+    process.communicate()
+    assert process.returncode == 128 + signal.SIGTERM
+
+
+@pytest.mark.thorough
+def test_a_save_under_way_is_finished_though_a_process_is_lost(flags):
+    """Of three, so that two see it."""
+    process = ForkedScript("tests/faults/slow_pretrain.py", flags | {"seed": 1}, processes=3)
+    assert any(line == "at save_checkpoint\n" for line in process.stdout)
+    process.send_signal(signal.SIGKILL, 2)
+    assert process.wait_for(0) == process.wait_for(1) == 1
+    _, err = process.communicate()
+    assert len(re.findall("^error:", err, re.MULTILINE)) == err.count(" rank 2 on ") == 1
+    assert load_checkpoint(flags["output_dir"] / "checkpoint-last.pth")["step"] == 6
+
+
+def test_an_error_is_said_though_the_rest_hangs(flags):
+    """Rank 0 never comes to where rank 1 fails."""
+    flags = flags | {"timeout_minutes": 30, "seed": 2}
+    process = ForkedScript("tests/failing_pretrain.py", flags, processes=2)
+    assert process.wait_for(1) == 2
+    process.kill()
+    assert "error: [rank 1] rank 1 has an error" in process.communicate()[1]
+
+
+def test_rank_0_is_named_though_it_held_the_store(flags):
+    """As it does where torchrun's own is not shared."""
+    with socket.socket() as free:
+        free.bind(("", 0))
+        port = free.getsockname()[1]
+    environment = {"TORCHELASTIC_USE_AGENT_STORE": "False", "MASTER_PORT": str(port)}
+    process = ForkedScript(SCRIPT, flags, 2, environment)
+    assert any("epoch 1/10000  step 5/9" in line for line in process.stdout)
+    process.send_signal(signal.SIGKILL, 0)
+    assert process.wait_for(1) == 1
+    _, err = process.communicate()
+    (line,) = [line for line in err.splitlines() if line.startswith("error:")]
+    seen = rf"error: \[rank 1\] rank 0 on \S+ answers no more, last seen at {PLACE}"
+    assert re.match(seen, line), line
 
 
 @pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.thorough)])
