@@ -37,6 +37,8 @@ bench: $(READY)  ## measure speed, count memory, and write their pages
 	.venv/bin/python -m benchmarks.data_loading
 	.venv/bin/python -m benchmarks.whole_run
 	.venv/bin/python -m benchmarks.memory
+	.venv/bin/python -m benchmarks.scaling
+	.venv/bin/python -m benchmarks.load
 	.venv/bin/python -m benchmarks.table
 
 gpu: $(READY)  ## test and measure on a GPU, in less than 9 minutes
