@@ -1,12 +1,15 @@
 """Two gloo processes on the CPU against one, and what happens when one of them fails."""
 
 import json
+import os
+import re
 import signal
+import sys
 import time
 
 import pytest
 import torch
-from helpers import ForkedScript, final_state, run, start_fresh, write_images
+from helpers import ForkedScript, assert_same_bits, final_state, run, start_fresh, write_images
 
 from util.distributed import Process
 from util.loading import ShuffledBatches
@@ -103,6 +106,50 @@ def test_sigterm_to_torchrun_saves_and_resumes(pretrain_flags):
     assert any("resuming" in line for line in process.stdout)
     process.kill()
     process.communicate(timeout=60)
+
+
+def test_three_processes_resume_to_the_same_bits(pretrain_flags):
+    """Two add up in any order to the same sum; three don't."""
+    flags = pretrain_flags | {"batch_size": 1, "epochs": 4, "log_every": 1}
+    process = ForkedScript(SCRIPT, flags, processes=3)
+    assert any("epoch 1/4  step 3/6" in line for line in process.stdout)
+    process.send_signal(signal.SIGTERM)
+    process.communicate()
+    assert process.returncode == 128 + signal.SIGTERM
+    code, out, err = run(SCRIPT, flags, processes=3)
+    assert code == 0, err
+    assert "resuming" in out
+    undisturbed = pretrain_flags["output_dir"] / "undisturbed"
+    assert run(SCRIPT, flags | {"output_dir": undisturbed}, processes=3)[0] == 0
+    assert_same_bits(final_state(pretrain_flags["output_dir"]), final_state(undisturbed))
+
+
+def test_a_dead_process_is_named_under_torchrun(pretrain_flags):
+    """Though torchrun sends SIGTERM to the other one meanwhile."""
+    flags = pretrain_flags | {"batch_size": 1, "epochs": 10_000, "log_every": 1}
+    process = start_fresh("tests/slowly_saving_pretrain.py", flags, processes=2)
+    for line in process.stdout:
+        if line.startswith("rank 1 is process "):
+            rank_1 = int(line.split()[-1])
+        if "epoch 1/10000  step 3/9" in line:
+            break
+    os.kill(rank_1, signal.SIGKILL)
+    out, err = process.communicate(timeout=120)
+    assert "stopped after step" not in out
+    assert len(re.findall("^error: rank 1 on .* answers no more", err, re.MULTILINE)) == 1
+    assert "saving, then stopping" not in err
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells a process of it")
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGUSR1])
+def test_processes_save_and_stop_when_torchrun_dies(pretrain_flags, number):
+    flags = pretrain_flags | {"batch_size": 1, "epochs": 10_000, "log_every": 1}
+    process = start_fresh(SCRIPT, flags, processes=2)
+    assert any("epoch 1/10000  step 3/9" in line for line in process.stdout)
+    process.send_signal(number)
+    out, err = process.communicate(timeout=120)  # they hold its pipes
+    assert process.returncode == -number
+    assert "SIGTERM: stopped after step" in out, err
 
 
 def test_both_processes_stop_in_epochs_of_one_step(pretrain_flags):

@@ -49,7 +49,7 @@ print(signals.received)
         process.send_signal(signal.SIGINT)
         time.sleep(0.0001)
     out, err = process.communicate("\n", timeout=60)
-    assert (process.returncode, out) == (0, "15\n"), err
+    assert (process.returncode, int(out)) in ((0, signal.SIGINT), (0, signal.SIGTERM)), err
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

@@ -4,8 +4,11 @@ A plain `python main_*.py` is the case of one process; no process group is made 
 """
 
 import contextlib
+import ctypes
 import math
 import os
+import signal
+import sys
 import time
 import uuid
 from collections.abc import Iterator
@@ -104,6 +107,7 @@ def process_group(device: str, timeout_minutes: float = 30) -> Iterator[Process]
         )
     )
     selected = select_device(device, local_rank, local_world_size)
+    _stop_with_torchrun()
     if world_size == 1:
         yield Process(0, 1, selected)
         return
@@ -143,6 +147,13 @@ def process_group(device: str, timeout_minutes: float = 30) -> Iterator[Process]
                     dist.barrier()
             dist.destroy_process_group()
         _control = None
+
+
+def _stop_with_torchrun() -> None:
+    """Get SIGTERM when torchrun dies, and not train on without it. Only Linux can promise that."""
+    if "TORCHELASTIC_RUN_ID" in os.environ and sys.platform == "linux":
+        set_parent_death_signal = 1  # PR_SET_PDEATHSIG
+        ctypes.CDLL(None).prctl(set_parent_death_signal, int(signal.SIGTERM))
 
 
 def warn_of_shared_store() -> None:
@@ -222,7 +233,8 @@ def _explain_loss(watch: Watch) -> Iterator[None]:
         yield
     except RuntimeError as error:
         if isinstance(error, dist.DistError) or "gloo" in str(error).lower():
-            raise watch.lost(error) from error
+            watch.say_lost(error)
+            raise LostProcess from error
         raise
 
 
@@ -243,7 +255,25 @@ def data_parallel(model: nn.Module, process: Process) -> nn.Module:
     if process.world_size == 1:
         return model
     device_ids = [process.device] if process.device.type == "cuda" else None
-    return DistributedDataParallel(model, device_ids=device_ids, gradient_as_bucket_view=True)
+    parallel = DistributedDataParallel(model, device_ids=device_ids, gradient_as_bucket_view=True)
+    _settle_buckets(parallel)
+    return parallel
+
+
+def _settle_buckets(parallel: DistributedDataParallel) -> None:
+    """Let DDP sort its buckets before the first step.
+
+    It does so once, after the first backward pass, by the order in which gradients came. Then three
+    or more processes add them up in another order, and a resumed run would end in other bits.
+    """
+    model = parallel.module
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    model.forward = lambda: sum(0 * p.sum() for p in parameters)  # backward runs from the last one
+    try:
+        parallel().backward()
+    finally:
+        del model.forward
+    parallel.zero_grad()
 
 
 def unwrap(model: nn.Module) -> nn.Module:

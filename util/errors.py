@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TextIO
 
 SAID_WITHIN_SECONDS = 5.0  # by another process that has begun to say an error
+RANK_0_WITHIN_SECONDS = 2.0  # for an error that it has, too
 
 
 class UserError(ValueError):
@@ -20,7 +21,7 @@ class NotFinite(UserError):
 
 
 class LostProcess(Exception):
-    """Another process of the run is gone; the text says which, or is empty where another says it.
+    """Another process of the run is gone; the text says which, or is empty if that is said.
 
     Commands exit with code 1.
     """
@@ -55,6 +56,9 @@ def say_error(text: str) -> None:
         return
     note = Path(folder).parents[1] / f"said-{zlib.crc32(printable(text).encode()):08x}"
     with contextlib.suppress(OSError):
+        deadline = time.monotonic() + RANK_0_WITHIN_SECONDS
+        while rank != "0" and not note.exists() and time.monotonic() < deadline:
+            time.sleep(0.05)
         try:
             note.touch(exist_ok=False)
         except FileExistsError:

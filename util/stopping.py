@@ -24,10 +24,12 @@ class StopSignals:
 
     Attributes:
         received: the number of the signal that arrived; 0 before one has.
+        leaves: whether the run ends with an error, and answers no signal.
     """
 
     def __init__(self) -> None:
         self.received = 0
+        self.leaves = False
 
     def __enter__(self) -> "StopSignals":
         self._reader, writer = os.pipe()
@@ -40,7 +42,11 @@ class StopSignals:
         self._handlers = {number: signal.signal(number, self._wait) for number in SIGNALS}
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, _kind: object, error: BaseException | None, _traceback: object) -> None:
+        if isinstance(error, Exception) and int(os.environ.get("WORLD_SIZE", 1)) > 1:
+            # As soon as one process has ended, torchrun sends SIGTERM to those that say why.
+            self.leaves = True
+            return
         for number, handler in self._handlers.items():
             signal.signal(number, handler)
         signal.set_wakeup_fd(self._before)
@@ -68,9 +74,11 @@ class StopSignals:
         now = time.monotonic()
         if not self.received:
             self.received, self._since = number, now
-            self._say(
-                f"{number.name}: saving, then stopping; a second signal (after 2 s) ends the run"
-            )
+            if not self.leaves:
+                self._say(
+                    f"{number.name}: saving, then stopping; a second signal (after 2 s) ends the "
+                    "run"
+                )
         elif now - self._since > SAME_REQUEST_SECONDS:
             self._say(f"{number.name}: ended by a second signal, without a save")
             # As signal.signal(number, SIG_DFL), which only the main thread may call.

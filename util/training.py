@@ -118,6 +118,7 @@ class Checkpoints:
         return self
 
     def __exit__(self, _kind: object, error: BaseException | None, _traceback: object) -> None:
+        self.signals.leaves = isinstance(error, Exception)
         self.writer.wait()
         if isinstance(error, NotFinite):
             raise UserError(f"{error}: {self._way_on()}") from error

@@ -10,7 +10,6 @@ import json
 import os
 import re
 import socket
-import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -18,7 +17,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from util.errors import LostProcess, say
+from util.errors import LostProcess, say_error
 
 # A save, an evaluation, the start and the end may take so many times as long as a step.
 PATIENCE = 10
@@ -111,28 +110,30 @@ class Watch:
             with contextlib.suppress(RuntimeError):
                 self.store.set(f"seen/{self.rank}", json.dumps(self._report() | {"failed": True}))
 
-    def lost(self, error: Exception) -> LostProcess:
-        """What to raise after an error of a connection: it names the process that is lost.
-
-        The text is empty in all processes but one.
-        """
+    def say_lost(self, error: Exception) -> None:
+        """After an error of a connection: one process says which process is lost."""
         # Without the place in gloo's source before it, and the guesses behind it.
         reason = re.sub(r"^\[\S+\] ", "", str(error).partition("\n")[0]).partition(". ")[0]
         try:
             answers = self._call()
             text = f"{self._blame(answers)} ({reason}); {_ADVICE}"
-            return LostProcess(text if self._is_first_to_say() else "")
+            if self._is_first_to_say():
+                say_error(text)
         except RuntimeError:
-            return LostProcess(f"{self._unreachable()} ({reason}); {_ADVICE}")
+            say_error(f"{self._unreachable()} ({reason}); {_ADVICE}")
 
     def _watch(self) -> None:
         """The thread: post, answer, and look whether it is time to ask."""
-        posted, looked = "", time.monotonic()
+        posted, looked, is_cut_off = "", time.monotonic(), False
         while not self._left.wait(_POLL_SECONDS):
             now = time.monotonic()
             if now - looked > 10 * _POLL_SECONDS:  # the whole process was stopped, and goes on
                 _progress.since += now - looked
             looked = now
+            if is_cut_off:
+                if _progress.idle_seconds() > self.timeout_seconds:
+                    self._end(f"{self._unreachable()}; this process was at {_progress.place}")
+                continue
             try:
                 if posted != _progress.place:
                     posted = _progress.place
@@ -145,8 +146,7 @@ class Watch:
                 if self._is_time_to_ask(now):
                     self._end_if_stuck()
             except RuntimeError:  # the store is gone, and with it torchrun or rank 0
-                if _progress.idle_seconds() > self.timeout_seconds:
-                    self._end(f"{self._unreachable()}; this process was at {_progress.place}")
+                is_cut_off = True
 
     def _is_time_to_ask(self, now: float) -> bool:
         """Whether nothing has moved here for too long, and nobody has asked for some time.
@@ -165,6 +165,7 @@ class Watch:
             "place": _progress.place,
             "saving": _progress.saving > 0,
             "idle": _progress.idle_seconds(),
+            "seconds": time.monotonic() - _progress.since,
             "host": socket.gethostname(),
         }
 
@@ -193,8 +194,9 @@ class Watch:
             answers = self._call() | answers  # one that was only slow answers now
         if any(answer["idle"] < 0.9 * self.timeout_seconds for answer in answers.values()):
             return
-        minutes = f"{self.timeout_seconds / 60:g} minutes"
-        text = f"{self._blame(answers)}; nothing has moved for {minutes} (--timeout_minutes)"
+        minutes = min(answer["seconds"] for answer in answers.values()) / 60
+        text = f"{self._blame(answers)}; nothing has moved for {minutes:.2g} minutes, see "
+        text += "--timeout_minutes"
         self._end(text if self._is_first_to_say() else "")
 
     def _blame(self, answers: dict[int, dict[str, Any]]) -> str:
@@ -214,6 +216,7 @@ class Watch:
         if len(blamed) > 8:
             texts.append(f"{len(blamed) - 8} more")
         rest = {report["place"] for rank, report in reports.items() if rank not in blamed}
+        rest -= {report["place"] for rank, report in reports.items() if rank in blamed}
         waiting = f", the rest at {' and '.join(sorted(rest)[:3])}" if rest else ""
         return ", ".join(texts) + waiting
 
@@ -230,7 +233,7 @@ class Watch:
 
     def _end(self, text: str = "") -> None:
         if text:
-            say(f"error: {text}; {_ADVICE}", sys.stderr)
+            say_error(f"{text}; {_ADVICE}")
         else:
             time.sleep(2)  # torchrun ends all processes as soon as one has ended
         end = time.monotonic() + PATIENCE * self.timeout_seconds
