@@ -35,9 +35,10 @@ SMALL = 1 << 27  # bytes that any file may claim, such as a blank page of a fax
 STRIP = 1 << 20  # pixels that are copied out of Pillow at a time
 
 # What libjpeg says of lost pixels, which it fills with grey or noise. It says only its first
-# warning; others are of bytes that nothing needs.
+# warning. Others are of bytes that nothing needs, as bytes too many before the end are, but not
+# those before a scan's next part.
 DAMAGE = re.compile(
-    r"(Corrupt JPEG data: (?!bad ICC|\d+ extraneous bytes before marker 0x(?!d[0-7]))"
+    r"(Corrupt JPEG data: (?!bad ICC|\d+ extraneous bytes before marker 0x(?!d[0-7]|c4|da))"
     r"|Premature end of JPEG file|premature end of data segment).*"
 )
 

@@ -562,6 +562,22 @@ def test_a_jpeg_with_bytes_that_nothing_needs_is_read_in_silence(capfd):
     assert capfd.readouterr() == ("", "")
 
 
+def test_most_zeroed_blocks_of_a_progressive_jpeg_are_noticed():
+    """Of 4 KiB, as a disk loses them. What libjpeg decodes without a warning is read."""
+    buffer = io.BytesIO()
+    photograph(500, 375).save(buffer, "JPEG", quality=90, progressive=True)
+    content = buffer.getvalue()
+    starts = range(700, len(content) - 5000, len(content) // 40)
+    refused = 0
+    for start in starts:
+        damaged = content[:start] + bytes(4096) + content[start + 4096 :]
+        try:
+            read_image(ImageSource("torn.jpg", content=damaged))
+        except UnreadableImage:
+            refused += 1
+    assert refused > 0.8 * len(starts)
+
+
 def test_a_png_with_too_few_rows_is_refused():
     """Pillow shows the missing ones as black, if the deflated stream ends well."""
     for depth, kind in ((8, 2), (16, 2), (8, 0), (8, 6), (1, 0), (8, 4)):
