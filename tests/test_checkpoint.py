@@ -20,6 +20,7 @@ from util.checkpoint import (
     find_checkpoint,
     link_checkpoint,
     load_checkpoint,
+    progress_in,
     save_checkpoint,
 )
 
@@ -151,6 +152,23 @@ def test_the_newest_is_the_one_that_has_come_furthest(tmp_path, files, newest):
     save_checkpoint(tmp_path / "checkpoint-encoder.pth", progress(99, 0, True))  # a user's
     _, path = find_checkpoint("auto", tmp_path)
     assert path.name == f"checkpoint-{newest}.pth"
+
+
+def test_progress_is_read_without_the_values(tmp_path, user_error):
+    path = tmp_path / "checkpoint-last.pth"
+    contents = progress(4, 2, False) | {"model": {"w": torch.full((300,), 0.5)}, "loss": 0.25}
+    save_checkpoint(path, contents)
+    values = contents["model"]["w"].numpy().tobytes()
+    path.write_bytes(path.read_bytes().replace(values, values[:-1] + b"!"))
+    assert "is damaged" in user_error(lambda: load_checkpoint(path))
+    assert progress_in(path) == (4, 2, 0.25)
+    torch.save({"weight": torch.zeros(1)}, path)  # another project's
+    assert progress_in(path) == (-1, 0, None)
+    path.write_bytes(path.read_bytes()[:-9])
+    with pytest.raises(TornCheckpoint):
+        progress_in(path)
+    path.unlink()
+    assert "does not exist" in user_error(lambda: progress_in(path))
 
 
 class FailingDisk(io.FileIO):

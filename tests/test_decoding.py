@@ -1180,7 +1180,12 @@ def test_a_forbidden_file_says_so(tmp_path, monkeypatch):
 
 
 def test_names_are_shown_in_one_line_of_text(tmp_path):
-    assert printable("a b\u00e9\u65e5.jpg") == "a b\u00e9\u65e5.jpg"
+    family = "\U0001f468\u200d\U0001f469"  # an emoji of two, and a joiner
+    for name in ("a b\u00e9\u65e5", "\u5c71\u7530\u3000\u592a\u90ce", "10\u00a0m", family, "a\tb"):
+        assert printable(f"{name}.jpg") == f"{name}.jpg"
+    for character in "\u061c\u200e\u200f\u2028\u2029\u202a\u202e\u2066\u2069":
+        assert printable(f"a{character}b") == rf"a\u{ord(character):04x}b"
+    assert printable("\x00\x7f\x85\x9b\ud800") == r"\x00\x7f\x85\x9b\ud800"
     assert printable("new\nline\x1b[31m.jpg") == r"new\nline\x1b[31m.jpg"
     assert printable(os.fsdecode(b"caf\xe9.jpg")) == r"caf\xe9.jpg"
     message = refusal(tmp_path / os.fsdecode(b"a\n\xff.jpg"), error=UnreadableImage)

@@ -3,8 +3,10 @@
 import errno
 import multiprocessing
 import signal
+import sys
 import threading
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,6 +18,7 @@ import main_pretrain
 from util import checkpoint, flags, locking, optim, precision, training
 from util.checkpoint import load_checkpoint, save_checkpoint
 from util.distributed import Process
+from util.errors import NotFinite, UserError
 from util.stopping import StopSignals
 
 ALONE = Process(0, 1, CPU)
@@ -70,6 +73,28 @@ def test_training_goes_on_while_a_file_is_written(tmp_path, monkeypatch):
     checkpoints.finish()
     assert events.count(2) == 1
     assert (load_checkpoint(tmp_path / "checkpoint-last.pth")["model"]["weight"] == 2).all()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="/proc/self/io is Linux's")
+def test_advice_reads_no_values_of_checkpoints(tmp_path):
+    """Each process gives it, and checkpoints are large."""
+    _, checkpoints = small_training(tmp_path)
+    contents = {"model": {"w": torch.zeros(1 << 20)}, "step": 7, "loss": 0.5}
+    for epoch in range(3):
+        save_checkpoint(tmp_path / f"checkpoint-{epoch}.pth", contents | {"epoch": epoch})
+    torch.save({"w": torch.zeros(1)}, tmp_path / "checkpoint-3.pth")  # another project's
+    before = bytes_read()
+    with pytest.raises(UserError) as caught, checkpoints:
+        raise NotFinite("the loss is nan")
+    assert bytes_read() - before < 1 << 20  # of 12
+    newest = tmp_path / "checkpoint-2.pth"
+    message = f"continues from {newest} (after step 7 of epoch 2, whose loss was 0.5)"
+    assert message in str(caught.value)
+    assert f"--resume {tmp_path / 'checkpoint-1.pth'} (after" in str(caught.value)
+
+
+def bytes_read():
+    return int(Path("/proc/self/io").read_text().split()[1])
 
 
 def test_a_state_before_the_first_step_is_saved(tmp_path):

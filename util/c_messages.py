@@ -6,25 +6,52 @@ The process's stderr stays as it is: other threads, and Python itself, print as 
 
 import contextlib
 import ctypes
-import functools
 import os
+import threading
 
 
 class _Memory:
-    """A C stream to memory, and the variable in which C keeps stderr."""
+    """The variable in which C keeps stderr, and a stream to memory to put there."""
 
     def __init__(self) -> None:
         self.libc = ctypes.CDLL(None)
         name = "stderr" if hasattr(self.libc, "stderr") else "__stderrp"  # as macOS calls it
         self.variable = ctypes.c_void_p.in_dll(self.libc, name)
-        self.usual, self.users = self.variable.value, 0
-        self.text, self.size = ctypes.c_void_p(), ctypes.c_size_t()
+        self.usual = self.variable.value
         self.libc.open_memstream.restype = ctypes.c_void_p
+        self.begin()
+        os.register_at_fork(after_in_child=self.begin)
+
+    def begin(self) -> None:
+        """Begin anew, also in a forked child: a thread of its parent's may have held any of this.
+
+        What the child prints in a context that its parent began is not caught.
+        """
+        self.lock = threading.Lock()
+        self.users: set[Caught] = set()
+        self.variable.value = self.usual
+        self.text, self.size = ctypes.c_void_p(), ctypes.c_size_t()
         address = self.libc.open_memstream(ctypes.byref(self.text), ctypes.byref(self.size))
         self.stream = ctypes.c_void_p(address)
 
-    def take(self) -> str:
-        """What was printed since this was last called."""
+    def enter(self, user: "Caught") -> None:
+        with self.lock:
+            self.users.add(user)
+            self.variable.value = self.stream.value
+
+    def leave(self, user: "Caught") -> str:
+        """What was printed since the last call."""
+        with self.lock:
+            self.users.discard(user)
+            if not self.users:  # neither a context around this one nor another thread's
+                self.variable.value = self.usual
+            self.libc.flockfile(self.stream)  # a thread that prints now would move the text
+            try:
+                return self._take()
+            finally:
+                self.libc.funlockfile(self.stream)
+
+    def _take(self) -> str:
         self.libc.fflush(self.stream)
         if not self.size.value:
             return ""
@@ -33,29 +60,24 @@ class _Memory:
         return text.decode(errors="backslashreplace")
 
 
-@functools.cache
-def _memory(process: int) -> _Memory | None:
-    """One for each process, as a fork may copy a stream that is in use; None where C has none."""
-    with contextlib.suppress(AttributeError, ValueError):
-        return _Memory()
-    return None
+_memory: _Memory | None = None
+with contextlib.suppress(AttributeError, ValueError):  # C has no such stream
+    _memory = _Memory()
 
 
 class Caught:
-    """A context that keeps C libraries' messages off stderr; afterwards they are its `text`."""
+    """A context that keeps C libraries' messages off stderr; afterwards they are its `text`.
+
+    Threads whose contexts overlap can't be told apart: who leaves first gets what all printed.
+    """
 
     text = ""
 
     def __enter__(self) -> "Caught":
-        self._memory = _memory(os.getpid())
-        if self._memory:
-            self._memory.users += 1
-            self._memory.variable.value = self._memory.stream.value
+        if _memory:
+            _memory.enter(self)
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._memory:
-            self._memory.users -= 1
-            if not self._memory.users:  # neither a context around this one nor another thread's
-                self._memory.variable.value = self._memory.usual
-            self.text = self._memory.take()
+        if _memory:
+            self.text = _memory.leave(self)

@@ -20,7 +20,7 @@ import safetensors.torch
 import torch
 
 from util import checksums, conversion, libraries, watching
-from util.errors import UserError, warn
+from util.errors import UserError, printable, warn
 
 LAST = "checkpoint-last.pth"
 BEST = "checkpoint-best.pth"
@@ -164,7 +164,8 @@ def save_safetensors(path: Path, weights: dict[str, torch.Tensor], about: dict[s
     """
     tensors = {name: weight.detach().cpu().contiguous() for name, weight in weights.items()}
     entries = {checksums.ABOUT: json.dumps(about), checksums.CHECKSUM: checksums.NO_SUM}
-    content = safetensors.torch.save(tensors, {"format": "pt"} | entries)
+    metadata = {"format": "pt"} | entries | checksums.HAS_CHECKSUM
+    content = safetensors.torch.save(tensors, metadata)
     write_whole(path, *checksums.with_checksum(content))
 
 
@@ -325,7 +326,13 @@ def _load(path: str, mmap: bool = False, whole: bool = True) -> Any:
 
 def _load_safetensors(path: str) -> dict[str, Any]:
     with safetensors.safe_open(path, "pt") as file:
-        about = json.loads((file.metadata() or {}).get(checksums.ABOUT, "{}"))
+        entry = (file.metadata() or {}).get(checksums.ABOUT, "{}")
+    about = None
+    with contextlib.suppress(ValueError):
+        about = json.loads(entry)
+    if not isinstance(about, dict):
+        warn(f"{path}: its entry '{checksums.ABOUT}' is not this project's, and is left out")
+        about = {}
     return {**about, "model": safetensors.torch.load_file(path)}
 
 
@@ -371,7 +378,7 @@ def _reason_of_system(error: Exception) -> str:
 def _reason(error: BaseException) -> str:
     """A line on an error of a loader. torch's own advises to run the code in the file."""
     # It may quote the file, which can hold codes for terminals.
-    text = "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in str(error))
+    text = "\n".join(map(printable, str(error).split("\n")))
     unknown = re.search(r"Unsupported global: GLOBAL (\S+)", text)
     if unknown:
         return f"it holds {unknown[1]}, and no code in it is run: save only the model's weights"
@@ -436,10 +443,26 @@ def sort_key(path: Path) -> tuple[float, float, bool]:
     finished. Torn files come last, so that they are tried and reported; other projects' come first.
     """
     try:
-        contents = _read(str(path), mmap=True, whole=False)
+        epoch, step, _ = progress_in(path)
     except TornCheckpoint:
         return math.inf, 0, False
+    return epoch, step, path.name == LAST
+
+
+def progress_in(path: str | Path) -> tuple[int, int, float | None]:
+    """How far the training of a checkpoint has come, without reading its tensors' values.
+
+    Returns:
+        its epoch, from -1 for another project's file; its step; the epoch's mean loss until then,
+        None where it is not known.
+
+    Raises:
+        TornCheckpoint, UserError: as `load_checkpoint`, but damaged values are not noticed.
+    """
+    path = str(path)
+    downloads = path.startswith("https://")
+    contents = _download(path) if downloads else _read(path, mmap=True, whole=False)
     match contents:
         case {"epoch": int(epoch), "step": int(step)}:
-            return epoch, step, path.name == LAST
-    return -1, 0, False
+            return epoch, step, contents.get("loss")
+    return -1, 0, None

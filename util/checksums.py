@@ -2,7 +2,7 @@
 
 A .pth is a zip archive, whose entries have checksums that torch doesn't check. What these don't
 cover, such as padding and headers, is covered by one of the whole file, in the archive's comment. A
-.safetensors has one in its metadata.
+.safetensors has one in its metadata, if this project wrote it since there are checksums.
 """
 
 import os
@@ -19,6 +19,8 @@ CHUNK = 1 << 22  # bytes read at a time
 MAX_HEADER = 100_000_000  # bytes of a .safetensors file's header; the library's own limit
 ABOUT = "mae"  # the entry of a .safetensors file's metadata that says what the weights are
 CHECKSUM = "mae_checksum"  # the entry beside it
+# Another, so that no flipped bit makes a file look like one without a checksum.
+HAS_CHECKSUM = {"checksum": CHECKSUM}
 NO_SUM = "0" * 8  # in the place of a checksum while it is computed
 
 _COMMENT = b"mae crc32 "  # and 8 digits: the archive's comment, with which the file ends
@@ -32,6 +34,7 @@ _END_OF_OTHERS = re.compile(_END + rb"\0\0\Z", re.DOTALL)
 _BYTEARRAY = re.compile(rb"c(builtins|__builtin__)\nbytearray\n")
 _VALUES = re.compile(r"[^/]*/data/\d+")  # the entries of an archive that are tensors' storages
 _IN_HEADER = re.compile(rb'"%s":"([0-9a-f]{8})"' % CHECKSUM.encode())
+_SAYS_SO = b'"%s"' % CHECKSUM.encode()
 
 
 class Damaged(ValueError):
@@ -241,10 +244,10 @@ def with_checksum(content: bytes) -> list[bytes | memoryview]:
 
 
 def check_safetensors(file: IO[bytes]) -> None:
-    """Check a .safetensors file without loading it. One of another project has no checksum.
+    """Check a .safetensors file without loading it. Other projects' and old ones have no checksum.
 
     Raises:
-        Damaged: its checksum is missing or another.
+        Damaged: its checksum is another, or missing where it says that it has one.
         ValueError: its header is larger than the file.
         OSError: the system can't read it.
     """
@@ -255,9 +258,9 @@ def check_safetensors(file: IO[bytes]) -> None:
         raise ValueError(f"its header is said to have {length:,} bytes")
     header = file.read(length)
     found = _IN_HEADER.search(header)
-    if (found is None) != (b'"%s":"' % ABOUT.encode() not in header):
-        raise Damaged("its metadata are incomplete")
     if found is None:
+        if _SAYS_SO in header:
+            raise Damaged("its metadata are incomplete")
         return
     start, stop = (8 + place for place in found.span(1))
     checksum = zlib.crc32(NO_SUM.encode(), _crc32(file, 0, start))

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import re
 import sys
 import time
 import zlib
@@ -33,17 +34,22 @@ def warn(message: str) -> None:
         say(printable(f"warning: {message}"), sys.stderr)
 
 
+# Control characters except the tab, what ends a line or changes its direction, and surrogates.
+_UNPRINTABLE = re.compile(
+    "[\x00-\x08\x0a-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]"
+)
+
+
 def printable(text: str) -> str:
     """A text in one line, which a file's name may be part of: newlines, terminal codes and bytes
     that are no text are escaped."""
-    return "".join(
-        c
-        if c.isprintable()
-        else f"\\x{ord(c) - 0xDC00:02x}"  # as Python keeps such a byte
-        if "\udc80" <= c <= "\udcff"
-        else c.encode("unicode_escape").decode()
-        for c in text
-    )
+    return _UNPRINTABLE.sub(_escaped, text)
+
+
+def _escaped(found: re.Match[str]) -> str:
+    if "\udc80" <= found[0] <= "\udcff":  # as Python keeps a byte that is no text
+        return f"\\x{ord(found[0]) - 0xDC00:02x}"
+    return found[0].encode("unicode_escape").decode()
 
 
 def say_error(text: str) -> None:

@@ -24,8 +24,8 @@ class Launch:
     Attributes:
         resume: `--resume`, see `find_checkpoint`.
         starters: names of what starts its processes: each torchrun, and the Slurm job.
-        epoch, step: its start. What is newer in output_dir is its own, as it sets older runs'
-            newer checkpoints aside; -inf for a new training.
+        epoch, step: its start; the epoch is -inf for a new training. The launch renamed the
+            checkpoints that were newer than its start. So those that are newer now are its own.
     """
 
     resume: str

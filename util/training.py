@@ -24,7 +24,7 @@ from util.checkpoint import (
     Writer,
     checkpoints_in,
     find_checkpoint,
-    load_checkpoint,
+    progress_in,
     sort_key,
     write_whole,
 )
@@ -534,6 +534,5 @@ class _Place:
 
 
 def _place(path: str | Path) -> _Place:
-    contents = load_checkpoint(path, mmap=True)
-    key = contents.get("epoch", -1), contents.get("step", 0), Path(path).name == LAST
-    return _Place(path, key, contents.get("loss"))
+    epoch, step, loss = progress_in(path)
+    return _Place(path, (epoch, step, Path(path).name == LAST), loss)

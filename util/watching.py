@@ -30,6 +30,7 @@ class _Progress:
 
     def __init__(self) -> None:
         self.place = "the start"
+        self.places = 0  # how many it has been at, in the order that all processes share
         self.patience = PATIENCE
         self.saving = 0
         self.since = time.monotonic()
@@ -45,13 +46,17 @@ _progress = _Progress()
 
 def at_step(epoch: int, step: int) -> None:
     """Note that this process begins a step."""
-    _progress.place, _progress.patience = f"step {step} of epoch {epoch}", 1
-    beat()
+    _go_to(f"step {step} of epoch {epoch}", 1)
 
 
 def at_long(place: str) -> None:
     """Note that this process begins something that may take `PATIENCE` times as long."""
-    _progress.place, _progress.patience = place, PATIENCE
+    _go_to(place, PATIENCE)
+
+
+def _go_to(place: str, patience: int) -> None:
+    _progress.place, _progress.patience = place, patience
+    _progress.places += 1
     beat()
 
 
@@ -163,6 +168,7 @@ class Watch:
     def _report(self) -> dict[str, Any]:
         return {
             "place": _progress.place,
+            "places": _progress.places,
             "saving": _progress.saving > 0,
             "idle": _progress.idle_seconds(),
             "seconds": time.monotonic() - _progress.since,
@@ -209,9 +215,9 @@ class Watch:
         }
         blamed = silent
         if not silent:
-            # Who waits moved last: whom they wait for has been idle for longest.
-            longest = max(answer["idle"] for answer in answers.values())
-            blamed = [rank for rank, answer in answers.items() if answer["idle"] == longest]
+            # The rest waits for the one that is behind, or that has not moved for longest.
+            behind = min((answer["places"], -answer["idle"]) for answer in answers.values())
+            blamed = [r for r, a in answers.items() if (a["places"], -a["idle"]) == behind]
         texts = [_fate(rank, reports.get(rank), rank in answers) for rank in blamed[:8]]
         if len(blamed) > 8:
             texts.append(f"{len(blamed) - 8} more")

@@ -100,7 +100,7 @@ def write_header(folder, draw):
     """The header mutated, under its right length and with a right checksum where it has one."""
     path = folder / "file.safetensors"
     about = {checksums.ABOUT: '{"args": {"lr": 0.1}}', checksums.CHECKSUM: checksums.NO_SUM}
-    content = safetensors.torch.save(CONTENTS["model"], about)
+    content = safetensors.torch.save(CONTENTS["model"], about | checksums.HAS_CHECKSUM)
     end = 8 + int.from_bytes(content[:8], "little")
     header = mutate(content[8:end], draw)
     content = struct.pack("<Q", len(header)) + header + content[end:]

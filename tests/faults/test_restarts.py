@@ -102,7 +102,8 @@ def test_ranks_killed_anywhere_restart_the_run(flags, undisturbed, deaths):
 def test_a_rank_that_does_not_come_is_named(flags, missing):
     process = ForkedScript(SCRIPT, flags | {"timeout_minutes": 0.02}, processes=2)
     process._ranks[missing].kill()
-    _, err = process.communicate(timeout=60)
+    assert process.wait_for(1 - missing, timeout=60) == 1
+    _, err = process.communicate()
     assert f"rank {missing} didn't start within 0.02 minutes" in err
 
 
@@ -110,6 +111,15 @@ def test_an_error_of_all_ranks_is_said_once(flags):
     code, _, err = run(SCRIPT, flags | {"device": "tpu"}, processes=2)
     assert code == 2
     assert err.count("--device tpu is not one of") == 1
+
+
+def test_an_error_of_one_rank_ends_all(flags):
+    process = ForkedScript("tests/failing_pretrain.py", flags | {"seed": 2}, processes=2)
+    codes = [process.wait_for(rank, timeout=60) for rank in (1, 0)]
+    process.kill()
+    _, err = process.communicate()
+    assert codes == [2, 1], err
+    assert err.count("error: [rank 1] rank 1 sees no images here: mount them\n") == 1
 
 
 def test_an_error_of_one_rank_is_said(monkeypatch, capfd, tmp_path):

@@ -105,11 +105,11 @@ def test_a_save_under_way_is_finished_though_a_process_is_lost(flags):
 
 def test_an_error_is_said_though_the_rest_hangs(flags):
     """Rank 0 never comes to where rank 1 fails."""
-    flags = flags | {"timeout_minutes": 30, "seed": 2}
+    flags = flags | {"timeout_minutes": 30, "seed": 3}
     process = ForkedScript("tests/failing_pretrain.py", flags, processes=2)
     assert process.wait_for(1) == 2
     process.kill()
-    assert "error: [rank 1] rank 1 has an error" in process.communicate()[1]
+    assert "error: [rank 1] rank 1 sees no images here" in process.communicate()[1]
 
 
 def test_rank_0_is_named_though_it_held_the_store(flags):
@@ -120,6 +120,8 @@ def test_rank_0_is_named_though_it_held_the_store(flags):
     environment = {"TORCHELASTIC_USE_AGENT_STORE": "False", "MASTER_PORT": str(port)}
     process = ForkedScript(SCRIPT, flags, 2, environment)
     assert any("epoch 1/10000  step 5/9" in line for line in process.stdout)
+    end = time.monotonic() + 3  # in which rank 1 hears where rank 0 is
+    assert any(time.monotonic() > end for _ in process.stdout)
     process.send_signal(signal.SIGKILL, 0)
     assert process.wait_for(1) == 1
     _, err = process.communicate()
