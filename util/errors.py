@@ -52,10 +52,13 @@ def _escaped(found: re.Match[str]) -> str:
     return found[0].encode("unicode_escape").decode()
 
 
-def say_error(text: str) -> None:
-    """One line on stderr; what all processes of a torchrun have to say is said by the first."""
+def say_error(text: str, names_rank: bool = True) -> None:
+    """One line on stderr; what all processes of a torchrun have to say is said by one of them.
+
+    With `names_rank`, the line names one that is not the main process.
+    """
     rank = os.environ.get("RANK", "0")
-    line = printable(f"error: {'' if rank == '0' else f'[rank {rank}] '}{text}")
+    line = printable(f"error: {f'[rank {rank}] ' if names_rank and rank != '0' else ''}{text}")
     folder = os.environ.get("TORCHELASTIC_ERROR_FILE")  # LOGS/attempt_0/LOCAL_RANK/error.json
     if not folder:
         say(line, sys.stderr)

@@ -123,9 +123,9 @@ class Watch:
             answers = self._call()
             text = f"{self._blame(answers)} ({reason}); {_ADVICE}"
             if self._is_first_to_say():
-                say_error(text)
+                say_error(text, names_rank=False)
         except RuntimeError:
-            say_error(f"{self._unreachable()} ({reason}); {_ADVICE}")
+            say_error(f"{self._unreachable()} ({reason}); {_ADVICE}", names_rank=False)
 
     def _watch(self) -> None:
         """The thread: post, answer, and look whether it is time to ask."""
@@ -239,7 +239,7 @@ class Watch:
 
     def _end(self, text: str = "") -> None:
         if text:
-            say_error(f"{text}; {_ADVICE}")
+            say_error(f"{text}; {_ADVICE}", names_rank=False)
         else:
             time.sleep(2)  # torchrun ends all processes as soon as one has ended
         end = time.monotonic() + PATIENCE * self.timeout_seconds
