@@ -329,6 +329,14 @@ def assert_same_bits(state, other):
         assert all(torch.equal(flat[key], others[key]) for key in flat)
 
 
+def assert_ended_as_undisturbed(script, flags, processes=1):
+    """A finished run left the same as one that is now run without disturbance."""
+    undisturbed = flags["output_dir"] / "undisturbed"
+    code, _, err = run(script, flags | {"output_dir": undisturbed}, processes)
+    assert code == 0, err
+    assert_same_bits(final_state(flags["output_dir"]), final_state(undisturbed))
+
+
 def events(log_dir):
     """TensorBoard scalars as {tag: {x: value}}, each x once, and the image tags with their x."""
     accumulator = EventAccumulator(str(log_dir)).Reload()

@@ -9,7 +9,14 @@ import time
 
 import pytest
 import torch
-from helpers import ForkedScript, assert_same_bits, final_state, run, start_fresh, write_images
+from helpers import (
+    ForkedScript,
+    assert_ended_as_undisturbed,
+    final_state,
+    run,
+    start_fresh,
+    write_images,
+)
 
 from util.distributed import Process
 from util.loading import ShuffledBatches
@@ -119,9 +126,7 @@ def test_three_processes_resume_to_the_same_bits(pretrain_flags):
     code, out, err = run(SCRIPT, flags, processes=3)
     assert code == 0, err
     assert "resuming" in out
-    undisturbed = pretrain_flags["output_dir"] / "undisturbed"
-    assert run(SCRIPT, flags | {"output_dir": undisturbed}, processes=3)[0] == 0
-    assert_same_bits(final_state(pretrain_flags["output_dir"]), final_state(undisturbed))
+    assert_ended_as_undisturbed(SCRIPT, flags, processes=3)
 
 
 def test_a_dead_process_is_named_under_torchrun(pretrain_flags):

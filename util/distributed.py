@@ -4,13 +4,7 @@ A plain `python main_*.py` is the case of one process; no process group is made 
 """
 
 import contextlib
-import ctypes
-import math
 import os
-import signal
-import sys
-import time
-import uuid
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -20,10 +14,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.launcher.api import LaunchConfig
 from torch.nn.parallel import DistributedDataParallel
 
-from util.errors import LostProcess, UserError, warn
+from util import launching
+from util.errors import LostProcess, UserError
 from util.watching import Watch
 
 # Of all processes, over gloo, for what is not a tensor of the model.
@@ -107,7 +101,7 @@ def process_group(device: str, timeout_minutes: float = 30) -> Iterator[Process]
         )
     )
     selected = select_device(device, local_rank, local_world_size)
-    _stop_with_torchrun()
+    launching.stop_with_torchrun()
     if world_size == 1:
         yield Process(0, 1, selected)
         return
@@ -116,8 +110,8 @@ def process_group(device: str, timeout_minutes: float = 30) -> Iterator[Process]
     limit = timedelta(minutes=timeout_minutes)
     # A `Watch` speaks first, and says more than the groups would.
     timeout = 1.1 * limit + timedelta(seconds=30)
-    warn_of_shared_store()
-    name, store = store_of_this_attempt(process, limit)
+    launching.warn_of_shared_store()
+    name, store = launching.store_of_this_attempt(rank, world_size, limit)
     client = dist.TCPStore(
         os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False
     )
@@ -149,65 +143,6 @@ def process_group(device: str, timeout_minutes: float = 30) -> Iterator[Process]
         _control = None
 
 
-def _stop_with_torchrun() -> None:
-    """Get SIGTERM when torchrun dies, and not train on without it. Only Linux can promise that."""
-    if "TORCHELASTIC_RUN_ID" in os.environ and sys.platform == "linux":
-        set_parent_death_signal = 1  # PR_SET_PDEATHSIG
-        ctypes.CDLL(None).prctl(set_parent_death_signal, int(signal.SIGTERM))
-
-
-def warn_of_shared_store() -> None:
-    """Say it where torchruns on several machines keep one store for all attempts.
-
-    Then each notes rank 0's address once, and one that comes later never learns it.
-    """
-    has_several = int(os.environ.get("GROUP_WORLD_SIZE", 1)) > 1
-    restarts = os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0"
-    if has_several and restarts and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
-        warn(
-            "this run can't go on once a machine's torchrun is started anew: set "
-            "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 for torchrun, on all machines"
-        )
-
-
-def store_of_this_attempt(process: Process, timeout: timedelta) -> tuple[str, dist.Store]:
-    """A store to meet in, which no process of an earlier attempt has written to, and its name.
-
-    torchrun's store outlives an attempt. In it gloo and NCCL would read the addresses of dead
-    processes (https://github.com/pytorch/pytorch/issues/135712, 167288). Its count of restarts
-    tells no attempts apart: each node has its own. So rank 0 makes up a name for this attempt,
-    and gives it to those who ask for it under names of their own, which nobody has had before. A
-    dead process's question may still lie there, but only a living process confirms the answer.
-
-    Raises:
-        LostProcess: a process doesn't come within the timeout.
-    """
-    store, _, _ = next(dist.rendezvous("env://", timeout=timeout))
-    store = dist.PrefixStore("attempts", store)
-    name = uuid.uuid4().hex
-    deadline = time.monotonic() + timeout.total_seconds()
-    missing = set(range(1, process.world_size)) if process.is_main else {0}
-    if not process.is_main:
-        store.set(f"question/{process.rank}", name)
-    while missing:
-        if process.is_main:
-            for rank in missing:
-                if store.check([f"question/{rank}"]):
-                    store.set(f"answer/{store.get(f'question/{rank}').decode()}", name)
-            missing = {rank for rank in missing if not store.check([f"{name}/{rank}"])}
-        elif store.check([f"answer/{name}"]):
-            name = store.get(f"answer/{name}").decode()
-            store.set(f"{name}/{process.rank}", "")
-            missing = set()
-        if missing and time.monotonic() > deadline:
-            raise LostProcess(
-                f"rank {', '.join(map(str, sorted(missing)))} didn't start within "
-                f"{timeout.total_seconds() / 60:g} minutes: see what its machine says"
-            )
-        time.sleep(0.05)
-    return name, dist.PrefixStore(name, store)
-
-
 @contextlib.contextmanager
 def _explain_gloo() -> Iterator[None]:
     """Turn what gloo says when processes can't connect into a UserError that says what to do."""
@@ -236,18 +171,6 @@ def _explain_loss(watch: Watch) -> Iterator[None]:
             watch.say_lost(error)
             raise LostProcess from error
         raise
-
-
-def seconds_to_save() -> float:
-    """How long torchrun lets its processes live after SIGTERM; inf where there is no torchrun.
-
-    torch 2.6 always waits for 30 seconds; 2.14 reads the variable.
-    """
-    if "TORCHELASTIC_RUN_ID" not in os.environ:
-        return math.inf
-    if not hasattr(LaunchConfig, "shutdown_timeout"):
-        return 30.0
-    return float(os.environ.get("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", 30))
 
 
 def data_parallel(model: nn.Module, process: Process) -> nn.Module:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 import util
-from util import distributed, optim, restarts, watching
+from util import distributed, launching, optim, restarts, watching
 from util.checkpoint import (
     BEST,
     LAST,
@@ -107,7 +107,7 @@ class Checkpoints:
         self.epochs = epochs
         self.save_every = save_every
         self.save_seconds = 60 * save_minutes
-        self.writer = Writer(self.output_dir, distributed.seconds_to_save())
+        self.writer = Writer(self.output_dir, launching.seconds_to_save())
         self.accepted: list[dict[str, Any]] = []  # changes of settings, see `accepted_in`
         self.first_loss: float | None = None  # of untrained weights
         self._resume = "auto"

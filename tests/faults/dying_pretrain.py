@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 
 import main_pretrain
-from util import cli, distributed, training
+from util import cli, launching, training
 
 parser = main_pretrain.get_args_parser()
 deaths = Path(parser.parse_args().output_dir).with_name("deaths")
@@ -46,7 +46,7 @@ if __name__ == "__main__":
     deaths.mkdir(parents=True, exist_ok=True)
     die("imported")
     dying(dist, "PrefixStore", "store")  # it knows torchrun's store, and has not written to it
-    dying(distributed, "store_of_this_attempt", "met", after=True)
+    dying(launching, "store_of_this_attempt", "met", after=True)
     dying(dist, "init_process_group", "connected", after=True)
     dying(training.Checkpoints, "save_if_due", "step", skip=4)
     dying(torch, "save", "save", after=True, skip=6)  # written, and not renamed yet

@@ -5,7 +5,7 @@ import signal
 import time
 
 import pytest
-from helpers import ForkedScript, assert_same_bits, final_state, run, start_fresh
+from helpers import ForkedScript, assert_ended_as_undisturbed, run, start_fresh
 from slow_pretrain import SLOW
 from torch.distributed.launcher.api import LaunchConfig
 
@@ -49,9 +49,7 @@ def test_a_signal_saves_and_the_run_ends_as_if_undisturbed(flags, number, moment
     code, out, err = run(SCRIPT, flags, processes=2)
     assert code == 0, err
     assert "resuming" in out
-    undisturbed = flags["output_dir"] / "undisturbed"
-    assert run(SCRIPT, flags | {"output_dir": undisturbed}, processes=2)[0] == 0
-    assert_same_bits(final_state(flags["output_dir"]), final_state(undisturbed))
+    assert_ended_as_undisturbed(SCRIPT, flags, processes=2)
 
 
 def test_a_process_that_waits_hears_signals(flags):

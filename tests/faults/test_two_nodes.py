@@ -22,7 +22,7 @@ from helpers import (
     run,
 )
 
-from util.distributed import warn_of_shared_store
+from util.launching import warn_of_shared_store
 
 SCRIPT = "tests/tiny_pretrain.py"
 FIRST, SECOND = "127.0.0.2", "127.0.0.3"
