@@ -1,0 +1,86 @@
+"""Small trials that choose the settings of recipes/cifar10.py, without its held-out images.
+
+    python recipes/cifar10_trials.py --data_path CIFAR10
+
+A tenth of the training images are held out. The pre-trainings take 4 epochs of the other nine
+tenths, and are compared by fine-tuning with a tenth of these labels.
+"""
+
+import folders
+import running
+
+PRETRAININGS = {
+    "base": {},
+    "raw": {"norm_pix_loss": False},
+    "crop50": {"crop_scale": [0.5, 1]},
+    "blr2e-3": {"blr": 2e-3},
+    "decoder1": {"decoder_depth": 1},
+}
+PRETRAIN = {
+    "model": "mae_vit_nano_patch4",
+    "input_size": 32,
+    "batch_size": 256,
+    "epochs": 4,
+    "warmup_epochs": 1,
+    "blr": 1e-3,
+    "norm_pix_loss": True,
+    "crop_scale": [0.2, 1],
+    "num_workers": 1,
+    "save_every": 1000,
+    "knn_every": 4,
+    "log_every": 100,
+}
+FINETUNE = {
+    "model": "vit_nano_patch4",
+    "nb_classes": 10,
+    "input_size": 32,
+    "batch_size": 128,
+    "epochs": 15,
+    "warmup_epochs": 2,
+    "lr": 1e-3,
+    "crop_scale": [0.5, 1],
+    "aa": "none",
+    "reprob": 0,
+    "drop_path": 0,
+    "num_workers": 1,
+    "save_every": 1000,
+    "log_every": 100,
+}
+
+
+def flags(settings):
+    """Settings as a command's arguments; True is a flag without a value, False is none."""
+    words = []
+    for name, value in settings.items():
+        if value is not False:
+            words.append(f"--{name}")
+            words += (
+                [] if value is True else map(str, value if isinstance(value, list) else [value])
+            )
+    return words
+
+
+def make_cells(args):
+    folders.check(args.data_path)
+    all_images = folders.for_trials("cifar10", args.data_path)
+    tenth = folders.for_trials("cifar10", args.data_path, 10)
+    cells = []
+    for name, changes in PRETRAININGS.items():
+        out = running.output("cifar10_trials", f"pretrain-{name}")
+        pretrain = PRETRAIN | changes | {"data_path": all_images, "output_dir": out / "pretrain"}
+        finetune = FINETUNE | {
+            "finetune": out / "pretrain" / "encoder.safetensors",
+            "data_path": tenth,
+            "output_dir": out / "finetune",
+        }
+        commands = [["main_pretrain.py", *flags(pretrain)], ["main_finetune.py", *flags(finetune)]]
+        cells.append(running.Cell(f"pretrain-{name}", commands, {"changes": changes}))
+    return cells
+
+
+def add_flags(parser):
+    parser.add_argument("--data_path", required=True, metavar="DIR", help="CIFAR-10's image folder")
+
+
+if __name__ == "__main__":
+    running.main(__doc__, make_cells, "cifar10_trials", add_flags)

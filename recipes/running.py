@@ -1,0 +1,290 @@
+"""Run a table's cells: each is a few commands with an output folder of its own.
+
+A cell that has its JSON file in recipes/results is done and skipped. One that was interrupted goes
+on where it was, because its commands do. Cells are independent, but for those that they need.
+"""
+
+import argparse
+import concurrent.futures
+import fnmatch
+import json
+import os
+import platform
+import shlex
+import signal
+import subprocess
+import sys
+import threading
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(1, str(ROOT))  # for util and benchmarks, also in `python recipes/NAME.py`
+
+from benchmarks import report  # noqa: E402
+from util.errors import UserError  # noqa: E402
+
+RESULTS = ROOT / "recipes" / "results"
+OUTPUT = ROOT / "recipes" / "output"
+
+
+@dataclass
+class Cell:
+    """One run of a table.
+
+    Attributes:
+        name: of its folder and its file, unique in the table.
+        commands: argument lists that are run one after the other in the project's folder.
+        about: what it is, as the table's rows and columns call it; JSON.
+        seed: of all its commands.
+        needs: names of the table's cells that must be done before.
+    """
+
+    name: str
+    commands: list[list[str]]
+    about: dict
+    seed: int = 0
+    needs: list[str] = field(default_factory=list)
+
+
+class Table:
+    """A table's name and cells, and where their files are."""
+
+    def __init__(self, name, cells):
+        self.name = name
+        self.cells = {cell.name: cell for cell in cells}
+        assert len(self.cells) == len(cells), "two cells of one name"
+
+    def result(self, cell):
+        """The JSON file of a done cell."""
+        return RESULTS / self.name / f"{cell.name}.json"
+
+    def output(self, cell):
+        """The folder that the cell's commands write to."""
+        return output(self.name, cell.name)
+
+
+def output(table, cell):
+    """A cell's output folder, as its commands name it."""
+    return OUTPUT.relative_to(ROOT) / table / cell
+
+
+def main(description, make_cells, table, add_flags=None):
+    """The command line of a table's script.
+
+    Args:
+        description: of the script.
+        make_cells: the table's cells, in the order to run them, of the parsed flags.
+        table: its name.
+        add_flags: adds the script's own flags to the parser.
+    """
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--only",
+        nargs="+",
+        default=["*"],
+        metavar="NAME",
+        help="run these cells and what they need; * stands for any letters",
+    )
+    parser.add_argument(
+        "--jobs",
+        type=int,
+        default=len(os.sched_getaffinity(0)),
+        help="cells at a time, each on one core; all cores if not given",
+    )
+    parser.add_argument("--list", action="store_true", help="list the cells, run none")
+    if add_flags:
+        add_flags(parser)
+    args = parser.parse_args()
+    table = Table(table, make_cells(args))
+    try:
+        chosen = choose(table, args.only)
+        if args.list:
+            for cell in table.cells.values():
+                print("done   " if table.result(cell).exists() else "not run", cell.name)
+        elif not run(table, chosen, args.jobs):
+            sys.exit(1)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("interrupted: the same command goes on", file=sys.stderr)
+        sys.exit(130)
+
+
+def choose(table, patterns):
+    """The names of the cells that match one of the patterns, and of those that they need."""
+    chosen = set()
+    for pattern in patterns:
+        found = fnmatch.filter(table.cells, pattern)
+        if not found:
+            raise UserError(f"{table.name} has no cell {pattern}: see --list")
+        while found:
+            name = found.pop()
+            if name not in chosen:
+                chosen.add(name)
+                found += table.cells[name].needs
+    return chosen
+
+
+def run(table, chosen, jobs):
+    """Run the chosen cells that aren't done, `jobs` at a time; whether all are done."""
+    waiting = [cell for cell in table.cells.values() if cell.name in chosen]
+    check_unchanged(table, waiting)
+    done = {cell.name for cell in table.cells.values() if table.result(cell).exists()}
+    waiting = [cell for cell in waiting if cell.name not in done]
+    total = len(waiting)
+    running, failed = {}, []
+    runner = Runner(table)
+    with concurrent.futures.ThreadPoolExecutor(jobs) as pool:
+        try:
+            while True:
+                ready = [cell for cell in waiting if done.issuperset(cell.needs)]
+                for cell in ready[: jobs - len(running)]:
+                    waiting.remove(cell)
+                    running[pool.submit(runner.run, cell)] = cell
+                if not running:
+                    break
+                finished, _ = concurrent.futures.wait(
+                    running, return_when=concurrent.futures.FIRST_COMPLETED
+                )
+                for future in finished:
+                    cell = running.pop(future)
+                    (done.add if future.result() else failed.append)(cell.name)
+                    print(f"{total - len(waiting) - len(running)} of {total} cells", flush=True)
+        except KeyboardInterrupt:
+            runner.stop()
+            raise
+    for cell in waiting:
+        print(f"not run: {cell.name}, which needs {', '.join(cell.needs)}")
+    return not failed and not waiting
+
+
+def check_unchanged(table, cells):
+    """Refuse, with a UserError, results of other commands than the cells'."""
+    for cell in cells:
+        path = table.result(cell)
+        if path.exists() and json.loads(path.read_text())["commands"] != lines(cell):
+            raise UserError(
+                f"{path.relative_to(ROOT)} was made by other commands than this script's: delete "
+                f"it and {table.output(cell)} to run the cell again"
+            )
+
+
+def lines(cell):
+    """A cell's commands as one would type them."""
+    return [shlex.join(["python", *command]) for command in cell.commands]
+
+
+class Runner:
+    """Runs cells, each in a thread, and ends their commands when asked to stop."""
+
+    def __init__(self, table):
+        self.table = table
+        self.processes = set()
+        self.stopped = False
+        self.lock = threading.Lock()
+
+    def stop(self):
+        """Have all commands save and end."""
+        with self.lock:
+            self.stopped = True
+            for process in self.processes:
+                process.send_signal(signal.SIGINT)
+
+    def run(self, cell):
+        """Run a cell and write its JSON; whether it succeeded."""
+        folder = ROOT / self.table.output(cell)
+        folder.mkdir(parents=True, exist_ok=True)
+        attempts = Attempts(folder / "attempts.json")
+        for command in cell.commands:
+            print(f"{cell.name}: python {shlex.join(command)}", flush=True)
+            code = self.execute(command, folder / "console.txt", attempts)
+            if code:
+                if not self.stopped:
+                    print(f"failed: {cell.name}, see {folder / 'console.txt'}", flush=True)
+                return False
+        path = self.table.result(cell)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        record = {
+            "table": self.table.name,
+            "cell": cell.name,
+            "about": cell.about,
+            "seed": cell.seed,
+            "commands": lines(cell),
+            **attempts.totals(),
+            "commit": report.COMMIT,
+            "hardware": report.hardware(),
+            "versions": {"python": platform.python_version()} | report.versions(),
+            "outputs": collect(folder),
+        }
+        temporary = path.with_suffix(".tmp")
+        temporary.write_text(json.dumps(record, indent=1) + "\n")
+        temporary.replace(path)
+        return True
+
+    def execute(self, command, console, attempts):
+        """Run a command on one core, its output at the end of a file; its exit code."""
+        environment = os.environ | {"OMP_NUM_THREADS": "1"}
+        started = time.time()
+        with open(console, "ab") as file, self.lock:
+            if self.stopped:
+                return 130
+            attempts.begin(started)
+            process = subprocess.Popen(
+                [sys.executable, *command],
+                cwd=ROOT,
+                env=environment,
+                stdout=file,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,  # a terminal's Ctrl-C reaches it through us, once
+            )
+            self.processes.add(process)
+        # Also counts the processes that it has waited for, such as those that load images.
+        _, status, usage = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(status)
+        with self.lock:
+            self.processes.discard(process)
+        attempts.end(time.time() - started, usage.ru_utime + usage.ru_stime)
+        return process.returncode
+
+
+class Attempts:
+    """The times of all attempts of a cell's commands, kept in a file."""
+
+    def __init__(self, path):
+        self.path = path
+        self.all = json.loads(path.read_text()) if path.exists() else []
+
+    def begin(self, started):
+        self.all.append({"started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(started))})
+        self.path.write_text(json.dumps(self.all))
+
+    def end(self, wall_s, cpu_s):
+        self.all[-1] |= {"wall_s": round(wall_s, 1), "cpu_s": round(cpu_s, 1)}
+        self.path.write_text(json.dumps(self.all))
+
+    def totals(self):
+        """For the JSON; attempts that were killed with us have no times, and are counted."""
+        known = [attempt for attempt in self.all if "wall_s" in attempt]
+        return {
+            "started": self.all[0]["started"],
+            "wall_s": round(sum(attempt["wall_s"] for attempt in known), 1),
+            "cpu_s": round(sum(attempt["cpu_s"] for attempt in known), 1),
+            "attempts_without_times": len(self.all) - len(known),
+        }
+
+
+def collect(folder):
+    """What the commands left: {path in the folder: its entries} of log.txt and .json files."""
+    found = {}
+    for path in sorted(folder.rglob("*")):
+        name = str(path.relative_to(folder))
+        if path.name == "log.txt":
+            found[name] = [json.loads(line) for line in path.read_text().splitlines()]
+        elif path.suffix == ".json" and not path.name.startswith(".") and name != "attempts.json":
+            found[name] = json.loads(path.read_text())
+    return found
