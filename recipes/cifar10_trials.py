@@ -48,18 +48,6 @@ FINETUNE = {
 }
 
 
-def flags(settings):
-    """Settings as a command's arguments; True is a flag without a value, False is none."""
-    words = []
-    for name, value in settings.items():
-        if value is not False:
-            words.append(f"--{name}")
-            words += (
-                [] if value is True else map(str, value if isinstance(value, list) else [value])
-            )
-    return words
-
-
 def make_cells(args):
     folders.check(args.data_path)
     all_images = folders.for_trials("cifar10", args.data_path)
@@ -73,7 +61,10 @@ def make_cells(args):
             "data_path": tenth,
             "output_dir": out / "finetune",
         }
-        commands = [["main_pretrain.py", *flags(pretrain)], ["main_finetune.py", *flags(finetune)]]
+        commands = [
+            ["main_pretrain.py", *running.flags(pretrain)],
+            ["main_finetune.py", *running.flags(finetune)],
+        ]
         cells.append(running.Cell(f"pretrain-{name}", commands, {"changes": changes}))
     return cells
 

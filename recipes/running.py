@@ -70,6 +70,16 @@ def output(table, cell):
     return OUTPUT.relative_to(ROOT) / table / cell
 
 
+def flags(settings):
+    """{flag: value} as a command's arguments; True is a flag without a value, False is none."""
+    words = []
+    for name, value in settings.items():
+        if value is not False:
+            values = value if isinstance(value, list) else [value]
+            words += [f"--{name}", *([] if value is True else map(str, values))]
+    return words
+
+
 def main(description, make_cells, table, add_flags=None):
     """The command line of a table's script.
 
