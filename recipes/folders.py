@@ -12,7 +12,7 @@ from running import ROOT
 from util.errors import UserError
 
 DATA = ROOT / "recipes" / "data"
-WATCHED = 100  # held-out images of each class that are evaluated after every epoch
+WATCHED = 20  # held-out images of each class that are evaluated after every epoch
 
 
 def classes_of(folder):
@@ -34,8 +34,8 @@ def link(files, folder):
     """Write links to `files`, {class: paths}, as FOLDER/CLASS/NAME."""
     for name, paths in files.items():
         (folder / name).mkdir(parents=True)
-        for path in paths:
-            os.symlink(path.resolve(), folder / name / path.name)
+        for number, path in enumerate(paths):
+            os.symlink(path.resolve(), folder / name / f"{number:05d}-{path.name}")
 
 
 def make(name, parts):
@@ -54,21 +54,26 @@ def watched(source):
     return {name: paths[:WATCHED] for name, paths in classes_of(Path(source) / "val").items()}
 
 
-def with_labels(name, source, percent, seed):
+def draw(count, percent, seed, number):
+    """The indices of the images of a class, the `number`-th, that keep their labels, sorted."""
+    order = np.random.default_rng([seed, number]).permutation(count)
+    return np.sort(order[: round(count * percent / 100)])
+
+
+def with_labels(name, source, percent, seed, copies=1):
     """A folder whose training images are this percentage of the source's, drawn by the seed.
 
-    Its held-out images are `WATCHED` of each class.
+    Its held-out images are `WATCHED` of each class. Each training image stands there `copies`
+    times, so that a few images make an epoch that is longer than its evaluation.
     """
 
     def parts():
         train = classes_of(Path(source) / "train")
         for number, (label, paths) in enumerate(train.items()):
-            order = np.random.default_rng([seed, number]).permutation(len(paths))
-            train[label] = [paths[i] for i in sorted(order[: round(len(paths) * percent / 100)])]
+            train[label] = [paths[i] for i in draw(len(paths), percent, seed, number)] * copies
         return {"train": train, "val": watched(source)}
 
-    label = f"{name}-{percent}" + (f"-seed{seed}" if percent < 100 else "")
-    return make(label, parts)
+    return make(f"{name}-{percent}" + (f"-seed{seed}" if percent < 100 else ""), parts)
 
 
 def for_trials(name, source, percent=100):

@@ -210,9 +210,9 @@ class Runner:
         folder = ROOT / self.table.output(cell)
         folder.mkdir(parents=True, exist_ok=True)
         attempts = Attempts(folder / "attempts.json")
-        for command in cell.commands:
+        for number, command in enumerate(cell.commands):
             print(f"{cell.name}: python {shlex.join(command)}", flush=True)
-            code = self.execute(command, folder / "console.txt", attempts)
+            code = self.execute(number, command, folder / "console.txt", attempts)
             if code:
                 if not self.stopped:
                     print(f"failed: {cell.name}, see {folder / 'console.txt'}", flush=True)
@@ -236,14 +236,14 @@ class Runner:
         temporary.replace(path)
         return True
 
-    def execute(self, command, console, attempts):
-        """Run a command on one core, its output at the end of a file; its exit code."""
+    def execute(self, number, command, console, attempts):
+        """Run a cell's command on one core, its output at the end of a file; its exit code."""
         environment = os.environ | {"OMP_NUM_THREADS": "1"}
         started = time.time()
         with open(console, "ab") as file, self.lock:
             if self.stopped:
                 return 130
-            attempts.begin(started)
+            attempts.begin(number, started)
             process = subprocess.Popen(
                 [sys.executable, *command],
                 cwd=ROOT,
@@ -269,21 +269,31 @@ class Attempts:
         self.path = path
         self.all = json.loads(path.read_text()) if path.exists() else []
 
-    def begin(self, started):
-        self.all.append({"started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(started))})
+    def begin(self, number, started):
+        """A command, the cell's `number`-th, starts; `started` in seconds since 1970."""
+        time_of_day = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(started))
+        self.all.append({"command": number, "started": time_of_day})
         self.path.write_text(json.dumps(self.all))
 
     def end(self, wall_s, cpu_s):
-        self.all[-1] |= {"wall_s": round(wall_s, 1), "cpu_s": round(cpu_s, 1)}
+        """It has ended, after so many seconds, and so many of a core."""
+        self.all[-1] |= {"wall_s": wall_s, "cpu_s": cpu_s}
         self.path.write_text(json.dumps(self.all))
 
     def totals(self):
         """For the JSON; attempts that were killed with us have no times, and are counted."""
         known = [attempt for attempt in self.all if "wall_s" in attempt]
+
+        def total(name, number=None):
+            chosen = [a[name] for a in known if number in (None, a["command"])]
+            return round(sum(chosen), 1)
+
+        numbers = sorted({attempt["command"] for attempt in known})
         return {
             "started": self.all[0]["started"],
-            "wall_s": round(sum(attempt["wall_s"] for attempt in known), 1),
-            "cpu_s": round(sum(attempt["cpu_s"] for attempt in known), 1),
+            "wall_s": total("wall_s"),
+            "cpu_s": total("cpu_s"),
+            "parts": [{"wall_s": total("wall_s", n), "cpu_s": total("cpu_s", n)} for n in numbers],
             "attempts_without_times": len(self.all) - len(known),
         }
 
