@@ -103,10 +103,8 @@ images (`main_data.py pack --max_side`).
 
 
 def main(_args):
-    before, _, rest = PAGE.read_text().partition(START)
-    _, _, after = rest.partition(END)
     print(section())
-    PAGE.write_text(before + START + section() + END + after)
+    PAGE.write_text(table.put_between(PAGE.read_text(), START, END, section()))
 
 
 def section():

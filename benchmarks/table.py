@@ -272,6 +272,13 @@ def markdown(head, rows, report):
     return f"{grid(head, rows)}\n*`{report['command']}` at {origin}.*\n"
 
 
+def put_between(text, start, end, section):
+    """The page with this section between its two comments, each on a line of its own."""
+    assert text.count(start) == text.count(end) == 1, f"a page needs one {start}and one {end}"
+    before, _, rest = text.partition(start)
+    return before + start + section + end + rest.partition(end)[2]
+
+
 def grid(head, rows):
     """A table; rows may end before the head does."""
     rows = [head, ["---"] * len(head), *([*row, *[""] * (len(head) - len(row))] for row in rows)]

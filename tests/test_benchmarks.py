@@ -513,8 +513,8 @@ def test_a_step_of_base_by_hand(gpus, cluster, compute, reduce_, added):
 
 def test_the_page_has_the_section_that_scaling_makes():
     page = scaling.PAGE.read_text()
-    written = page.partition(scaling.START)[2].partition(scaling.END)[0]
-    assert written == scaling.section(), "run python -m benchmarks.scaling"
+    made = table.put_between(page, scaling.START, scaling.END, scaling.section())
+    assert page == made, "run python -m benchmarks.scaling"
 
 
 # ---- make gpu

@@ -1,0 +1,128 @@
+"""Figures of the cells that were run: read from their JSON, gathered over seeds, compared."""
+
+import json
+import math
+import statistics
+
+import running
+
+from util.errors import UserError
+
+NOT_RUN = "not run"
+STANDARD_ERRORS = 2  # a larger difference is more than noise
+
+
+def read(table):
+    """The JSON of the table's cells that were run, by name."""
+    return [
+        json.loads(path.read_text()) for path in sorted((running.RESULTS / table).glob("*.json"))
+    ]
+
+
+def select(cells, **about):
+    """The cells whose `about` has these entries, by seed."""
+    found = [c for c in cells if all(c["about"].get(k) == v for k, v in about.items())]
+    return sorted(found, key=lambda cell: cell["seed"])
+
+
+def output(cell, name):
+    """One of the cell's outputs.
+
+    Raises:
+        UserError: there is none of this name.
+    """
+    try:
+        return cell["outputs"][name]
+    except KeyError:
+        path = f"{running.RESULTS.relative_to(running.ROOT)}/{cell['table']}/{cell['cell']}.json"
+        raise UserError(f"{path} has no {name}: delete it and run the cell again") from None
+
+
+def evaluated(cell, folder="eval"):
+    """Percentage of all held-out images that the cell's last epoch classified correctly."""
+    return output(cell, f"{folder}/eval.json")["test_acc1"]
+
+
+def neighbours(cell, percent=100):
+    """Accuracies (%) by nearest neighbours, one for each draw of so many percent of the labels."""
+    return output(cell, "knn.json")[str(percent)]
+
+
+def core_hours(cells):
+    """The cells' mean processor time, None without a cell."""
+    return statistics.mean(cell["cpu_s"] for cell in cells) / 3600 if cells else None
+
+
+def pretraining_minutes(cell):
+    """Core-minutes of the cell's pre-training, None where its commands were not timed singly."""
+    if "parts" not in cell:
+        return None
+    timed = zip(cell["commands"], cell["parts"], strict=True)
+    return sum(part["cpu_s"] for line, part in timed if "main_pretrain.py" in line.split()) / 60
+
+
+def mean_and_std(values, expected):
+    """Text: mean, sample standard deviation and how many seeds it is of; one decimal.
+
+    Args:
+        values: one for each seed that was run.
+        expected: the number of seeds that are to run.
+    """
+    if not values:
+        return NOT_RUN
+    text = f"{statistics.mean(values):.1f}"
+    if len(values) > 1:
+        text += f" ± {statistics.stdev(values):.1f}"
+    part = len(values) < expected
+    return text + (f", {len(values)} of {expected} seeds" if part else f", n = {len(values)}")
+
+
+def difference(values, others):
+    """(difference of the means, its standard error by Welch), None with less than two of either."""
+    if min(len(values), len(others)) < 2:
+        return None
+    error = math.sqrt(sum(statistics.variance(v) / len(v) for v in (values, others)))
+    return statistics.mean(values) - statistics.mean(others), error
+
+
+def verdict(compared):
+    """What a `difference` says of the first of its two."""
+    if compared is None:
+        return NOT_RUN
+    points, error = compared
+    if abs(points) <= STANDARD_ERRORS * error:
+        return "within the noise"
+    return "ahead" if points > 0 else "behind"
+
+
+def pooled_std(samples):
+    """The standard deviation within samples, of which each has its own mean; None without any."""
+    samples = [values for values in samples if len(values) > 1]
+    if not samples:
+        return None
+    squares = sum(statistics.variance(values) * (len(values) - 1) for values in samples)
+    return math.sqrt(squares / sum(len(values) - 1 for values in samples))
+
+
+def origin(cells):
+    """Text: how many cells, and the commits, hardware and versions that made them."""
+    if not cells:
+        return "No cell was run."
+    count = f"{len(cells)} cells" if len(cells) > 1 else "1 cell"
+    parts = [
+        shares([f"commit {cell['commit']}" for cell in cells]),
+        shares([", ".join(cell["hardware"].values()) for cell in cells]),
+        shares([", ".join(f"{k} {v}" for k, v in cell["versions"].items()) for cell in cells]),
+    ]
+    text = f"{count}: {'; '.join(parts)}."
+    if lost := sum(bool(cell["attempts_without_times"]) for cell in cells):
+        text += f" In {lost} of them an attempt was killed and its time is not counted."
+    return text
+
+
+def shares(names):
+    """Text: each name, with how often it occurs if there are several."""
+    counts = {name: names.count(name) for name in dict.fromkeys(names)}
+    if len(counts) == 1:
+        return names[0]
+    return " and ".join(f"{name} ({count})" for name, count in counts.items())

@@ -1,0 +1,117 @@
+"""Pictures of results, as SVG by matplotlib, which is imported only to draw.
+
+A chart is plain data: {"name", "alt", "rows": [[panel or None, ...], ...]}, a panel {"title", "x",
+"y", "lines"}, and "ticks" where x are names, a line {"label", "x", "y"} and "points", the [x, y] of
+single seeds, where y are means. A picture holds its chart's fingerprint, so that one can tell,
+without drawing it, whether it is what the results make.
+"""
+
+import hashlib
+import io
+import json
+
+import running
+
+from util.checkpoint import write_whole
+from util.errors import UserError
+
+FOLDER = running.ROOT / "docs" / "images" / "results"
+# Okabe and Ito's colours, which colour-blind readers can tell apart; marks and dashes differ too.
+STYLES = [
+    {"color": "#0072B2", "marker": "o", "linestyle": "-"},
+    {"color": "#D55E00", "marker": "s", "linestyle": "--"},
+    {"color": "#555555", "marker": "^", "linestyle": ":"},
+]
+
+
+def path(chart):
+    """The chart's picture."""
+    return FOLDER / f"{chart['name']}.svg"
+
+
+def markdown(chart):
+    """The line that shows the picture in docs/results.md."""
+    return f"![{chart['alt']}](images/results/{chart['name']}.svg)\n"
+
+
+def fingerprint(chart):
+    return hashlib.sha256(json.dumps(chart, sort_keys=True).encode()).hexdigest()
+
+
+def is_current(chart):
+    """Whether the chart's picture was drawn from the same data."""
+    return path(chart).exists() and f">{fingerprint(chart)}<" in path(chart).read_text()
+
+
+def stale(charts):
+    """The pictures that are missing, were drawn from other data, or are of no chart."""
+    wrong = [path(chart) for chart in charts if not is_current(chart)]
+    return wrong + sorted({*FOLDER.glob("*.svg")} - {path(chart) for chart in charts})
+
+
+def save(charts):
+    """Draw the pictures that are not current, and remove those of no chart.
+
+    Raises:
+        UserError: matplotlib is missing.
+    """
+    FOLDER.mkdir(parents=True, exist_ok=True)
+    for chart in charts:
+        if not is_current(chart):
+            write_whole(path(chart), svg(chart))
+    for left in stale(charts):
+        left.unlink()
+
+
+def svg(chart):
+    """The picture, the same bytes for the same chart and matplotlib."""
+    content = io.BytesIO()
+    figure = draw(chart)
+    import matplotlib
+
+    metadata = {"Date": None, "Creator": None, "Description": fingerprint(chart)}
+    with matplotlib.rc_context({"svg.hashsalt": chart["name"]}):
+        figure.savefig(content, format="svg", metadata=metadata)
+    return content.getvalue()
+
+
+def draw(chart):
+    """The chart as a matplotlib figure."""
+    try:
+        from matplotlib.figure import Figure  # without pyplot: no window, no state
+    except ImportError as error:
+        raise UserError("drawing results needs matplotlib: pip install matplotlib") from error
+    rows = chart["rows"]
+    columns = len(rows[0])
+    figure = Figure(figsize=(3.4 * columns, 2.9 * len(rows) + 0.4), layout="constrained")
+    places = figure.subplots(len(rows), columns, squeeze=False)
+    handles = {}
+    for axes, panel in zip(places.flat, (p for row in rows for p in row), strict=True):
+        if panel is None:
+            axes.remove()
+            continue
+        for line in panel["lines"]:
+            handles[line["label"]] = draw_line(axes, line, STYLES[line.get("style", 0)])
+        axes.set(title=panel["title"], xlabel=panel["x"], ylabel=panel["y"])
+        if "ticks" in panel:
+            axes.set_xticks(range(len(panel["ticks"])), panel["ticks"])
+            axes.set_xlim(-0.5, len(panel["ticks"]) - 0.5)
+        axes.grid(alpha=0.3)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.margins(y=0.12)
+    if len(handles) > 1:
+        figure.legend(handles.values(), handles.keys(), loc="outside upper center", ncols=3)
+    return figure
+
+
+def draw_line(axes, line, style):
+    """Draw a line and its seeds; returns what stands for it in the legend."""
+    many = len(line["x"]) > 30
+    marker = "" if many else style["marker"]
+    if points := line.get("points"):
+        hollow = style | {"marker": style["marker"], "linestyle": "", "markerfacecolor": "none"}
+        axes.plot(*zip(*points, strict=True), **hollow, markersize=7, alpha=0.7)
+    (drawn,) = axes.plot(
+        line["x"], line["y"], **(style | {"marker": marker}), markersize=4, linewidth=1.5
+    )
+    return drawn

@@ -1,0 +1,408 @@
+"""docs/results.md: its arithmetic, by hand, and that page and pictures are what the JSON makes."""
+
+import json
+import math
+import shutil
+import subprocess
+import sys
+
+import figures
+import numpy as np
+import plots
+import pytest
+import running
+import table
+from helpers import ROOT
+
+
+def cell(about, seed=0, cpu_s=3600.0, **outputs):
+    """A cell's JSON, as recipes/running.py writes it; `eval` is the accuracy of eval/eval.json."""
+    names = {"eval": "eval/eval.json", "probe": "probe_eval/eval.json", "knn": "knn.json"}
+    contents = {}
+    for name, content in outputs.items():
+        found = {"test_acc1": content} if isinstance(content, float) else content
+        contents[names.get(name, name)] = found
+    return {
+        "about": about,
+        "seed": seed,
+        "commands": ["python main_pretrain.py --epochs 2", "python main_embed.py"],
+        "cpu_s": cpu_s,
+        "parts": [
+            {"wall_s": 1.0, "cpu_s": cpu_s * 0.75},
+            {"wall_s": 1.0, "cpu_s": cpu_s * 0.25},
+        ],
+        "attempts_without_times": 0,
+        "commit": "abc1234",
+        "hardware": {"cpu": "Zen 5"},
+        "versions": {"python": "3.12", "torch": "2.9"},
+        "outputs": contents,
+    }
+
+
+LOG = [
+    {"epoch": 0, "train_loss": 0.9, "val_loss": 0.95},
+    {"epoch": 1, "train_loss": 0.7, "val_loss": 0.8, "knn_acc1": 61.5},
+]
+
+
+def transfer_cells(finetuned=(70.0, 72.0, 74.0), scratch=(50.0, 51.0, 52.0)):
+    """Of one model: all but the probes, and from scratch as long with one seed only."""
+    about = {"what": "pretrain", "model": "nano", "epochs": 100}
+    cells = [cell(about, cpu_s=5 * 3600, **{"log.txt": LOG})]
+    draws = {"100": [60.0], "10": [50.0, 51.0, 52.0], "1": [30.0, 30.0, 33.0]}
+    cells.append(cell({"what": "knn", "model": "nano"}, cpu_s=360, knn=draws))
+    kinds = [("finetune", finetuned), ("scratch", scratch), ("scratch_long", [73.0])]
+    for what, accuracies in kinds:
+        for seed, accuracy in enumerate(accuracies):
+            about = {"what": what, "model": "nano", "labels": 10, "epochs": 30}
+            cells.append(cell(about, seed, cpu_s=1800, eval=accuracy))
+    return cells
+
+
+def ablation_cells():
+    """The base setting, one value of each ablation with two seeds, one with a single seed."""
+    settings = [
+        ({"vary": "base"}, [60.0, 62.0]),
+        ({"vary": "mask_ratio", "value": 0.25}, [55.0, 56.0]),
+        ({"vary": "decoder_depth", "value": 1}, [63.0, 65.0]),
+        ({"vary": "target", "value": "raw"}, [40.0]),
+    ]
+    return [
+        cell(about, seed, cpu_s=240, knn={"100": [a]}, probe=a + 5, eval=a + 10)
+        for about, accuracies in settings
+        for seed, a in enumerate(accuracies)
+    ]
+
+
+def cheap_cells():
+    cells = []
+    for recipe, gain in (("paper", 0.0), ("cheap", 3.0)):
+        for budget in (1, 2):
+            for seed in (0, 1):
+                about = {"recipe": recipe, "budget": budget}
+                accuracy = 50.0 + 10 * budget + gain + seed
+                made = cell(about, seed, 80 * budget, knn={"100": [accuracy]}, eval=accuracy + 10)
+                cells.append(made)
+    return cells
+
+
+def trial_cells():
+    outputs = {"pretrain/log.txt": LOG, "finetune/log.txt": [{"test_acc1": 44.44}]}
+    changes = {"decoder_depth": 1, "norm_pix_loss": False, "crop_scale": [0.5, 1]}
+    scratch = {"kind": "scratch", "changes": {"lr": 2e-3}, "chosen": True}
+    return [
+        cell({"changes": {}}, cpu_s=90, **outputs),
+        cell({"kind": "pretrain", "changes": changes}, **outputs),
+        cell(scratch, **{"finetune/log.txt": [{"test_acc1": 10.0}, {"test_acc1": 33.0}]}),
+    ]
+
+
+@pytest.fixture
+def project(tmp_path, monkeypatch):
+    """A project's root without results; call it with a table's name and cells to add them."""
+    monkeypatch.setattr(running, "ROOT", tmp_path)
+    monkeypatch.setattr(running, "RESULTS", tmp_path / "recipes" / "results")
+    monkeypatch.setattr(plots, "FOLDER", tmp_path / "docs" / "images" / "results")
+    monkeypatch.setattr(table, "PAGE", tmp_path / "docs" / "results.md")
+    monkeypatch.setattr(table, "README", tmp_path / "README.md")
+    table.README.write_text(f"before\n{table.START}old\n{table.END}after\n")
+
+    def add(name, cells):
+        folder = running.RESULTS / name
+        folder.mkdir(parents=True)
+        for number, made in enumerate(cells):
+            made |= {"table": name, "cell": f"cell{number}"}
+            (folder / f"cell{number}.json").write_text(json.dumps(made))
+
+    return add
+
+
+def run(monkeypatch, *flags):
+    """The exit code of recipes/table.py."""
+    monkeypatch.setattr(sys, "argv", ["table.py", *flags])
+    try:
+        table.main()
+    except SystemExit as end:
+        return end.code
+    return 0
+
+
+def rows_of(text, head):
+    """The rows of the table on a page whose head begins so: {first cell: the others}."""
+    (block,) = [b for b in text.split("\n\n") if b.startswith(f"| {head}")]
+    rows = [line.strip("| ").split(" | ") for line in block.splitlines()[2:]]
+    return {first: rest for first, *rest in rows}
+
+
+def test_the_page_is_what_the_results_make():
+    """As the command line says it."""
+    command = [sys.executable, "recipes/table.py", "--check"]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
+
+
+# ---- arithmetic
+
+
+@pytest.mark.parametrize(
+    "values, expected, text",
+    [
+        ([70.0, 72.0, 74.0], 3, "72.0 ± 2.0, n = 3"),
+        ([70.0, 73.0], 3, "71.5 ± 2.1, 2 of 3 seeds"),  # 1.5 * sqrt(2)
+        ([70.04], 3, "70.0, 1 of 3 seeds"),
+        ([70.0], 1, "70.0, n = 1"),
+        ([], 3, "not run"),
+    ],
+)
+def test_mean_and_sample_standard_deviation(values, expected, text):
+    assert figures.mean_and_std(values, expected) == text
+
+
+def test_a_difference_has_welch_s_standard_error():
+    """By hand, the samples' variances being 4 and 1; and scipy's statistic."""
+    samples = [70.0, 72.0, 74.0], [50.0, 51.0, 52.0]
+    points, error = figures.difference(*samples)
+    assert (points, error) == pytest.approx((21.0, math.sqrt(4 / 3 + 1 / 3)))
+    stats = pytest.importorskip("scipy.stats")
+    for own, other in (samples, ([1.0, 2.5], [3.0, 3.5, 7.0])):
+        points, error = figures.difference(own, other)
+        statistic = stats.ttest_ind(own, other, equal_var=False).statistic
+        assert points / error == pytest.approx(statistic)
+    assert figures.difference([1.0, 2.0], [3.0]) is None
+
+
+@pytest.mark.parametrize(
+    "compared, said",
+    [
+        ((2.1, 1.0), "ahead"),
+        ((-2.1, 1.0), "behind"),
+        ((2.0, 1.0), "within the noise"),
+        ((-1.9, 1.0), "within the noise"),
+    ],
+)
+def test_a_difference_counts_from_two_standard_errors_on(compared, said):
+    assert figures.verdict(compared) == said
+
+
+def test_the_scatter_of_seeds_is_pooled():
+    """Squares of 1 + 1 and of 4 + 0 + 4, over 1 + 2 degrees of freedom; a single seed has none."""
+    samples = [[1.0, 3.0], [10.0, 12.0, 14.0], [7.0]]
+    assert figures.pooled_std(samples) == pytest.approx(math.sqrt((2 + 8) / 3))
+    assert figures.pooled_std([[7.0]]) is None
+
+
+def test_a_pre_training_s_share_of_a_cell():
+    made = cell({}, cpu_s=240)
+    assert figures.pretraining_minutes(made) == 3  # three quarters of 4 minutes
+    del made["parts"]
+    assert figures.pretraining_minutes(made) is None
+
+
+# ---- tables
+
+
+def test_cells_that_were_not_run_say_so(project):
+    text, charts = table.page()
+    assert charts == []
+    assert "![" not in text
+    for line in text.splitlines():
+        if line.startswith(("| MAE", "| from scratch")):
+            assert line.count("not run") == 3
+    assert text.count("No cell was run.") == 5
+    assert rows_of(text, "decoder blocks")["2"] == ["not run"] * 4 + ["70.0", "84.9"]
+
+
+def test_transfer_by_hand(project):
+    project("fashion_mnist", transfer_cells())
+    text, _ = table.transfer_section("fashion_mnist")
+    empty = ["not run"] * 3
+    assert rows_of(text, "accuracy (%)") == {
+        "MAE, fine-tuned": ["not run", "72.0 ± 2.0, n = 3", "not run"],
+        "MAE, linear probe (frozen)": empty,
+        "MAE, k-NN (frozen)": ["60.0, n = 1", "51.0 ± 1.0, n = 3", "31.0 ± 1.7, n = 3"],
+        "from scratch, fine-tuning's epochs": ["not run", "51.0 ± 1.0, n = 3", "not run"],
+        "from scratch, as long as pre-training and fine-tuning": [
+            "not run",
+            "73.0, 1 of 3 seeds",
+            "not run",
+        ],
+    }
+    costs = rows_of(text, "epochs; core-hours")
+    assert costs["MAE, fine-tuned"] == ["not run", "30; 0.5 (5.5)", "not run"]
+    assert costs["MAE, k-NN (frozen)"] == ["0.1 (5.1)"] * 3
+    assert costs["from scratch, fine-tuning's epochs"][1] == "30; 0.5"
+    assert "epochs: 5.0 core-hours." in text
+    compared = [line.split(" | ") for line in text.splitlines() if line.startswith("| 10% | ")]
+    assert compared == [
+        ["| 10%", "from scratch, fine-tuning's epochs", "+21.0", "1.3", "ahead |"],
+        ["| 10%", table.ROWS["scratch_long"], "", "", "too few seeds |"],
+    ]
+    assert "Pre-training is ahead in every comparison that was run." in text
+    assert "8 cells" not in text
+    assert "9 cells: commit abc1234; Zen 5; python 3.12, torch 2.9." in text
+
+
+@pytest.mark.parametrize(
+    "finetuned, said",
+    [([49.0, 47.0, 48.0], "behind"), ([51.0, 51.5, 52.0], "within the noise")],
+)
+def test_where_pre_training_does_not_pay_is_said(finetuned, said, project):
+    project("cifar10", transfer_cells(finetuned))
+    text, _ = table.transfer_section("cifar10")
+    sentence = f"Pre-training does not pay ({said}) against: {table.ROWS['scratch']} (10%)."
+    assert sentence in text
+    assert "is ahead in every" not in text
+
+
+def test_ablations_by_hand(project):
+    project("ablations", ablation_cells())
+    text, charts = table.ablations_section()
+    assert rows_of(text, "mask ratio") == {
+        "0.25": [*(f"{a} ± 0.7, n = 2" for a in (55.5, 60.5, 65.5)), "3.0"],
+        "0.5": ["not run"] * 4,
+        "0.75": [*(f"{a} ± 1.4, n = 2" for a in ("61.0", "66.0", "71.0")), "3.0"],
+        "0.9": ["not run"] * 4,
+    }
+    depths = rows_of(text, "decoder blocks")
+    assert [*depths] == ["1", "2", "4", "8", "12"]
+    assert depths["2"] == [*rows_of(text, "mask ratio")["0.75"], "70.0", "84.9"]
+    assert depths["12"] == ["not run"] * 4 + ["73.3", "84.4"]
+    raw = ["40.0, 1 of 2 seeds", "45.0, 1 of 2 seeds", "50.0, 1 of 2 seeds", "3.0", "73.5", "84.9"]
+    assert rows_of(text, "pixels to predict")["raw"] == raw
+    # The scatter: squares of 2 x 0.5 and 2 x 2 over two degrees of freedom.
+    assert (
+        "Here the highest means are: k-NN 0.75 (seeds of a setting scatter by 1.1 points)" in text
+    )
+    depth = charts[1]
+    ours, theirs = depth["rows"]
+    assert ours[0]["ticks"] == ["1", "2", "4", "8", "12"]
+    (line,) = ours[1]["lines"]
+    assert (line["x"], line["y"]) == ([0, 1], [69.0, 66.0])
+    assert line["points"] == [[0, 68.0], [0, 70.0], [1, 65.0], [1, 67.0]]
+    assert theirs[0] is None
+    assert theirs[2]["lines"][0]["y"] == [84.8, 84.9, 84.9, 84.9, 84.4]
+
+
+def test_the_cheap_recipe_by_hand(project):
+    project("efficient", cheap_cells())
+    text, (chart,) = table.cheap_section()
+    rows = [line.strip("| ").split(" | ") for line in text.splitlines() if "cheap one" in line]
+    assert rows == [
+        ["the cheap one", "1", "1.0", "63.5 ± 0.7, n = 2", "73.5 ± 0.7, n = 2"],
+        ["the cheap one", "2", "2.0", "73.5 ± 0.7, n = 2", "83.5 ± 0.7, n = 2"],
+        ["the cheap one", "4", "not run", "not run", "not run"],
+    ]
+    lines = chart["rows"][0][1]["lines"]
+    assert [(line["x"], line["y"]) for line in lines] == [
+        ([1.0, 2.0], [70.5, 80.5]),
+        ([1.0, 2.0], [73.5, 83.5]),
+    ]
+
+
+def test_trials_by_hand(project):
+    project("cifar10_trials", trial_cells())
+    text, _ = table.trials_section()
+    assert text.splitlines()[-5:-2] == [
+        "| pre-training | nothing | 61.5 | 44.4 | 1.5 |  |",
+        "| pre-training | `--decoder_depth 1`, no `--norm_pix_loss`, `--crop_scale 0.5 1` "
+        "| 61.5 | 44.4 | 60.0 |  |",
+        "| from scratch | `--lr 0.002` |  | 33.0 | 60.0 | chosen |",
+    ]
+
+
+def test_several_origins_are_counted_and_lost_times_said():
+    cells = [cell({}), cell({}), cell({}) | {"commit": "def5678", "attempts_without_times": 2}]
+    assert figures.origin(cells) == (
+        "3 cells: commit abc1234 (2) and commit def5678 (1); Zen 5; python 3.12, torch 2.9. "
+        "In 1 of them an attempt was killed and its time is not counted."
+    )
+
+
+def test_a_cell_without_its_output_is_named(project, monkeypatch, capsys):
+    project("fashion_mnist", [cell({"what": "knn", "model": "nano"})])
+    assert run(monkeypatch) == 2
+    assert capsys.readouterr().err == (
+        "error: recipes/results/fashion_mnist/cell0.json has no knn.json: delete it and run the "
+        "cell again\n"
+    )
+
+
+def test_paragraphs_are_filled_and_tables_are_not():
+    words, row = "word " * 60, f"| {'cell ' * 60}|"
+    made = table.wrapped(f"{words}\n\n- one\n  two\n- {words}\n\n{row}\n{row}\n")
+    first, items, rows = made.removesuffix("\n").split("\n\n")
+    assert max(map(len, first.splitlines())) == 119
+    assert first.split() == words.split()
+    assert items.splitlines()[0] == "- one two"
+    assert items.splitlines()[2].startswith("  word")
+    assert rows == f"{row}\n{row}"
+
+
+# ---- pictures, and what is out of date
+
+
+@pytest.fixture
+def all_tables(project):
+    project("cifar10", transfer_cells())
+    project("ablations", ablation_cells())
+    project("efficient", cheap_cells())
+    project("cifar10_trials", trial_cells())
+
+
+def test_what_is_out_of_date_is_said_without_matplotlib(all_tables, tmp_path, monkeypatch, capsys):
+    pytest.importorskip("matplotlib")
+    assert run(monkeypatch) == 0
+    assert table.README.read_text() == (
+        f"before\n{table.START}{table.readme_section()}{table.END}after\n"
+    )
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    assert run(monkeypatch, "--check") == 0
+    assert capsys.readouterr().out == ""
+
+    def lines():
+        assert run(monkeypatch, "--check") == 1
+        return [line.split(" is ")[0] for line in capsys.readouterr().out.splitlines()]
+
+    shutil.copy(plots.FOLDER / "cheap-recipe.svg", plots.FOLDER / "old.svg")
+    assert lines() == ["docs/images/results/old.svg"]
+    changed = running.RESULTS / "efficient" / "cell0.json"
+    changed.write_text(changed.read_text().replace("60.0", "61.0"))
+    stale = ["docs/results.md", "docs/images/results/cheap-recipe.svg"]
+    assert lines() == [*stale, "docs/images/results/old.svg"]
+    (plots.FOLDER / "ablation-target.svg").unlink()
+    table.README.write_text(table.README.read_text().replace("72.0", "99.0"))
+    assert {*lines()} == {
+        *stale,
+        "README.md",
+        "docs/images/results/ablation-target.svg",
+        "docs/images/results/old.svg",
+    }
+    assert run(monkeypatch) == 2
+    assert capsys.readouterr().err.endswith("needs matplotlib: pip install matplotlib\n")
+
+
+def test_pictures_show_their_charts(all_tables, monkeypatch):
+    """Each panel's lines and seeds, and the same bytes whenever they are drawn."""
+    pytest.importorskip("matplotlib")
+    _, charts = table.page()
+    assert [chart["name"] for chart in charts] == [
+        "cifar10-nano-pretraining",
+        "ablation-mask-ratio",
+        "ablation-decoder-depth",
+        "ablation-target",
+        "cheap-recipe",
+    ]
+    for chart in charts:
+        panels = [panel for row in chart["rows"] for panel in row if panel]
+        figure = plots.draw(chart)
+        assert [axes.get_title() for axes in figure.axes] == [panel["title"] for panel in panels]
+        for axes, panel in zip(figure.axes, panels, strict=True):
+            expected = []
+            for line in panel["lines"]:
+                expected += [line["points"]] if line.get("points") else []
+                expected.append(np.transpose([line["x"], line["y"]]))
+            drawn = [line.get_xydata() for line in axes.lines]
+            assert len(drawn) == len(expected)
+            for one, other in zip(drawn, expected, strict=True):
+                np.testing.assert_array_equal(one, other)
+    assert plots.svg(charts[0]) == plots.svg(charts[0])
