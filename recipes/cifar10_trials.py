@@ -16,6 +16,7 @@ PRETRAININGS = {
     "crop50": {"crop_scale": [0.5, 1]},
     "blr2e-3": {"blr": 2e-3},
     "decoder1": {"decoder_depth": 1},
+    "batch128": {"batch_size": 128, "blr": 2e-3},
 }
 PRETRAIN = {
     "model": "mae_vit_nano_patch4",
