@@ -3,7 +3,8 @@
     python recipes/cifar10_trials.py --data_path CIFAR10
 
 A tenth of the training images are held out. The pre-trainings take 4 epochs of the other nine
-tenths, and are compared by fine-tuning with a tenth of these labels.
+tenths, and are compared by neighbours, and by fine-tuning with a tenth of these labels. Classifiers
+are compared with these labels, too; fine-tuned and probed ones start from the first pre-training.
 """
 
 import folders
@@ -15,6 +16,7 @@ PRETRAININGS = {
     "crop50": {"crop_scale": [0.5, 1]},
     "blr2e-3": {"blr": 2e-3},
     "decoder1": {"decoder_depth": 1},
+    "batch128": {"batch_size": 128, "blr": 2e-3},
 }
 PRETRAIN = {
     "model": "mae_vit_nano_patch4",
@@ -46,6 +48,25 @@ FINETUNE = {
     "save_every": 1000,
     "log_every": 100,
 }
+NOT_OF_PROBE = ("aa", "reprob", "drop_path")
+PROBE = {"global_pool": True}
+CLASSIFIERS = {
+    "finetune": {
+        "lr5e-4": {"lr": 5e-4},
+        "lr2e-3": {"lr": 2e-3},
+        "decay90": {"layer_decay": 0.9},
+        "crop20": {"crop_scale": [0.2, 1]},
+        "policy": {"aa": "rand-m9-mstd0.5-inc1"},
+    },
+    "scratch": {
+        "lr5e-4": {"lr": 5e-4},
+        "lr1e-3": {},
+        "lr2e-3": {"lr": 2e-3},
+        "crop20": {"crop_scale": [0.2, 1]},
+        "policy": {"aa": "rand-m9-mstd0.5-inc1"},
+    },
+    "probe": {"lr3": {"lr": 3}, "lr10": {"lr": 10}, "lr30": {"lr": 30}},
+}
 
 
 def make_cells(args):
@@ -65,7 +86,24 @@ def make_cells(args):
             ["main_pretrain.py", *running.flags(pretrain)],
             ["main_finetune.py", *running.flags(finetune)],
         ]
-        cells.append(running.Cell(f"pretrain-{name}", commands, {"changes": changes}))
+        about = {"kind": "pretrain", "changes": changes}
+        cells.append(running.Cell(f"pretrain-{name}", commands, about))
+    encoder = running.output("cifar10_trials", "pretrain-base") / "pretrain" / "encoder.safetensors"
+    for kind, trials in CLASSIFIERS.items():
+        for name, changes in trials.items():
+            out = running.output("cifar10_trials", f"{kind}-{name}") / "finetune"
+            settings = FINETUNE | {"data_path": tenth, "output_dir": out}
+            if kind == "scratch":
+                settings |= {"layer_decay": 1}
+            else:
+                settings |= {"finetune": encoder}
+            if kind == "probe":
+                settings = {k: v for k, v in settings.items() if k not in NOT_OF_PROBE} | PROBE
+            command = "main_linprobe.py" if kind == "probe" else "main_finetune.py"
+            about = {"kind": kind, "changes": changes}
+            needs = [] if kind == "scratch" else ["pretrain-base"]
+            commands = [[command, *running.flags(settings | changes)]]
+            cells.append(running.Cell(f"{kind}-{name}", commands, about, needs=needs))
     return cells
 
 

@@ -68,7 +68,10 @@ def make_cells(table, name, source, model, settings):
     pretrain |= {"model": f"mae_vit_{model}_patch4", "output_dir": encoder.parent}
     about = {"what": "pretrain", "model": model, "epochs": epochs}
     cells = [running.Cell(pretrained, [["main_pretrain.py", *running.flags(pretrain)]], about)]
-    cells.append(neighbours(table, model, source, encoder, [pretrained]))
+    found = f"{model}-knn"
+    commands = search_neighbours(source, source, encoder, running.output(table, found), PERCENTS)
+    about = {"what": "knn", "model": model}
+    cells.append(running.Cell(found, commands, about, needs=[pretrained]))
 
     def classifier(what, percent, seed, epochs, command, changes):
         cell = f"{model}-{what}-{percent}-seed{seed}"
@@ -103,26 +106,16 @@ def make_cells(table, name, source, model, settings):
     return cells
 
 
-def neighbours(table, model, source, encoder, needs, percents=PERCENTS):
-    """The cell that classifies by nearest neighbours."""
-    name = f"{model}-knn"
-    out = running.output(table, name)
-    commands = search_neighbours(source, encoder, out, percents)
-    return running.Cell(name, commands, {"what": "knn", "model": model}, needs=needs)
-
-
-def search_neighbours(source, encoder, out, percents=(100,)):
-    """Commands that write OUT/knn.json."""
-    shared = {"checkpoint": encoder, "data_path": source, "num_workers": 0}
-    embed = [
-        shared | {"split": split, "output": out / f"{split}.npz"} for split in ("train", "val")
-    ]
-    search = {"bank": out / "train.npz", "queries": out / "val.npz"}
+def search_neighbours(bank, queries, encoder, out, percents=(100,)):
+    """Commands that write OUT/knn.json: bank/train's images classify those of queries/val."""
+    files = {"train": out / "bank.npz", "val": out / "queries.npz"}
+    commands = []
+    for source, (split, path) in zip((bank, queries), files.items(), strict=True):
+        embed = {"checkpoint": encoder, "data_path": source, "split": split, "output": path}
+        commands.append(["main_embed.py", *running.flags(embed | {"num_workers": 0})])
+    search = {"bank": files["train"], "queries": files["val"]}
     search |= {"percents": list(percents), "output": out / "knn.json"}
-    return [
-        *(["main_embed.py", *running.flags(flags)] for flags in embed),
-        ["recipes/knn.py", *running.flags(search)],
-    ]
+    return [*commands, ["recipes/knn.py", *running.flags(search)]]
 
 
 def train_and_evaluate(command, train, source, out, name=""):

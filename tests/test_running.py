@@ -1,0 +1,262 @@
+"""The runner of the recipes' cells, with commands of a few milliseconds, and their folders."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+
+import folders
+import knn
+import numpy as np
+import pytest
+import running
+import transfer
+from helpers import ROOT, write_images
+from running import Cell
+
+from util.errors import UserError
+
+
+@pytest.fixture(autouse=True)
+def in_a_folder(tmp_path, monkeypatch):
+    """The recipes' results and outputs in a folder of the test."""
+    monkeypatch.setattr(running, "ROOT", tmp_path)
+    monkeypatch.setattr(running, "RESULTS", tmp_path / "results")
+    monkeypatch.setattr(running, "OUTPUT", tmp_path / "output")
+    monkeypatch.setattr(folders, "ROOT", tmp_path)
+    monkeypatch.setattr(folders, "DATA", tmp_path / "data")
+
+
+def script(text):
+    """The arguments of a command that runs a few lines of Python."""
+    return ["-c", textwrap.dedent(text)]
+
+
+def log(cell, text="pass"):
+    """A command that runs `text` and then adds a line to the cell's log.txt."""
+    path = running.output("table", cell) / "log.txt"
+    line = json.dumps({"epoch": 0, "train_loss": 1.5})
+    return script(f"{text}\nopen({str(path)!r}, 'a').write({line + chr(10)!r})")
+
+
+def run(cells, jobs=2, only=("*",)):
+    table = running.Table("table", cells)
+    return running.run(table, running.choose(table, only), jobs)
+
+
+def result(name):
+    return json.loads((running.RESULTS / "table" / f"{name}.json").read_text())
+
+
+def lines_of(name):
+    return (running.ROOT / running.output("table", name) / "log.txt").read_text().splitlines()
+
+
+def test_a_cell_leaves_what_it_ran_and_what_it_ran_on():
+    cells = [Cell("a", [log("a"), log("a")], {"rows": 1}, seed=3)]
+    assert run(cells)
+    record = result("a")
+    assert record["about"] == {"rows": 1} and record["seed"] == 3
+    assert record["commands"] == running.lines(cells[0])
+    assert record["outputs"] == {"log.txt": [{"epoch": 0, "train_loss": 1.5}] * 2}
+    assert record["wall_s"] == pytest.approx(sum(p["wall_s"] for p in record["parts"]), abs=0.11)
+    assert len(record["parts"]) == 2 and record["attempts_without_times"] == 0
+    assert record["hardware"]["cpu"] and record["commit"] and record["versions"]["torch"]
+
+
+def test_computing_is_counted_in_processes_that_a_command_starts_too():
+    burn = "import time\nwhile time.process_time() < 0.3: pass"
+    text = f"import subprocess, sys\n{burn}\nsubprocess.run([sys.executable, '-c', {burn!r}])"
+    assert run([Cell("a", [script(text)], {})])
+    assert result("a")["cpu_s"] >= 0.6
+
+
+def test_commands_have_one_core():
+    path = running.ROOT / "threads"
+    text = f"import os; open({str(path)!r}, 'w').write(os.environ['OMP_NUM_THREADS'])"
+    assert run([Cell("a", [script(text)], {})])
+    assert path.read_text() == "1"
+
+
+def test_a_done_cell_is_skipped():
+    cells = [Cell("a", [log("a")], {})]
+    assert run(cells) and run(cells)
+    assert len(lines_of("a")) == 1
+
+
+def test_what_a_cell_needs_is_run_before_and_chosen_with_it():
+    first = running.output("table", "first") / "log.txt"
+    cells = [
+        Cell("second", [log("second", f"open({str(first)!r})")], {}, needs=["first"]),
+        Cell("third", [log("third")], {}),
+        Cell("first", [log("first", "import time; time.sleep(0.2)")], {}),
+    ]
+    assert run(cells, only=["sec*"])
+    assert sorted(path.stem for path in (running.RESULTS / "table").iterdir()) == [
+        "first",
+        "second",
+    ]
+
+
+def test_a_failed_cell_is_named_and_the_others_go_on(capsys):
+    cells = [
+        Cell("bad", [script("print('why'); exit(2)"), log("bad")], {}),
+        Cell("later", [log("later")], {}, needs=["bad"]),
+        Cell("good", [log("good")], {}),
+    ]
+    assert not run(cells, jobs=1)
+    said = capsys.readouterr().out
+    assert "failed: bad, see" in said and "not run: later, which needs bad" in said
+    assert [path.stem for path in (running.RESULTS / "table").iterdir()] == ["good"]
+    console = running.ROOT / running.output("table", "bad") / "console.txt"
+    assert console.read_text() == "why\n"
+
+
+def test_results_of_other_commands_are_refused():
+    assert run([Cell("a", [log("a")], {})])
+    with pytest.raises(UserError, match=r"results/table/a.json was made by other commands"):
+        run([Cell("a", [log("a", "1")], {})])
+
+
+def test_a_name_that_no_cell_has_is_refused():
+    with pytest.raises(UserError, match="table has no cell b"):
+        run([Cell("a", [log("a")], {})], only=["b"])
+
+
+def test_an_interrupted_cell_goes_on_and_its_times_are_added(tmp_path):
+    """Ctrl-C reaches the command, which ends as ours do; the second call finishes it."""
+    program = tmp_path / "table.py"
+    program.write_text(
+        textwrap.dedent(
+            f"""
+            import pathlib, sys
+            sys.path.insert(0, {str(ROOT / "recipes")!r})
+            import running
+            running.ROOT = pathlib.Path({str(tmp_path)!r})
+            running.RESULTS, running.OUTPUT = running.ROOT / "results", running.ROOT / "output"
+            text = '''
+            import pathlib, time
+            begun = pathlib.Path("begun")
+            if not begun.exists():
+                begun.touch()
+                try:
+                    time.sleep(60)
+                except KeyboardInterrupt:
+                    time.sleep(0.2)
+                    exit(130)
+            '''
+            import textwrap
+            cell = running.Cell("a", [["-c", textwrap.dedent(text)]], {{}})
+            running.main("A table.", lambda args: [cell], "table")
+            """
+        )
+    )
+    command = [sys.executable, program]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=tmp_path)
+    while not (tmp_path / "begun").exists():
+        assert process.poll() is None
+        time.sleep(0.05)
+    time.sleep(0.2)
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=30)
+    assert process.returncode == 130
+    assert said == "interrupted: the same command goes on\n"
+    assert not (tmp_path / "results").exists()
+
+    subprocess.run(command, check=True, cwd=tmp_path, timeout=60, stdout=subprocess.DEVNULL)
+    record = json.loads((tmp_path / "results" / "table" / "a.json").read_text())
+    assert record["wall_s"] >= 0.4 and record["attempts_without_times"] == 0
+
+
+def test_flags_are_arguments():
+    settings = {"epochs": 3, "crop_scale": [0.5, 1], "norm_pix_loss": True, "eval": False}
+    assert running.flags(settings) == [
+        *("--epochs", "3", "--crop_scale", "0.5", "1", "--norm_pix_loss")
+    ]
+
+
+@pytest.fixture
+def source(tmp_path):
+    """Twenty training images and thirty held-out ones in each of two classes."""
+    for number, name in enumerate("ab"):
+        write_images(tmp_path / "images" / "train" / name, 20, seed=number)
+        write_images(tmp_path / "images" / "val" / name, 30, seed=2 + number)
+    return tmp_path / "images"
+
+
+def linked(folder):
+    """{class: the files that the links in a folder of classes lead to}."""
+    return {path.name: sorted(map(os.path.realpath, path.iterdir())) for path in folder.iterdir()}
+
+
+def test_each_seed_draws_its_own_labels_in_equal_shares(source):
+    drawn = [running.ROOT / folders.with_labels("x", source, 25, seed) for seed in (0, 0, 1)]
+    first, again, other = [linked(folder / "train") for folder in drawn]
+    assert first == again != other
+    assert {name: len(set(paths)) for name, paths in first.items()} == {"a": 5, "b": 5}
+    everything = linked(source / "train")
+    assert all(set(first[name]) < set(everything[name]) for name in "ab")
+    held_out = linked(drawn[0] / "val")
+    assert {name: len(paths) for name, paths in held_out.items()} == {"a": 20, "b": 20}
+
+
+def test_images_stand_several_times_where_they_are_few(source):
+    folder = running.ROOT / folders.with_labels("x", source, 10, 0, copies=3)
+    paths = linked(folder / "train")["a"]
+    assert len(paths) == 6 and len(set(paths)) == 2
+
+
+def test_trials_hold_out_training_images_and_never_see_the_others(source):
+    folder = running.ROOT / folders.for_trials("x", source)
+    train, val = linked(folder / "train"), linked(folder / "val")
+    for name, paths in linked(source / "train").items():
+        assert sorted(train[name] + val[name]) == paths
+        assert len(val[name]) == 2
+    few = linked(running.ROOT / folders.for_trials("x", source, 50) / "train")
+    assert all(len(few[name]) == 9 and set(few[name]) < set(train[name]) for name in "ab")
+
+
+def test_a_folder_without_held_out_images_is_refused(tmp_path):
+    (tmp_path / "train").mkdir()
+    with pytest.raises(UserError, match="val is missing"):
+        folders.check(tmp_path)
+
+
+def test_neighbours_are_searched_among_the_labels_that_a_classifier_gets(source):
+    """Each image's feature points at its own class only in the images of one draw."""
+    count, percent = 20, 25
+    drawn = [folders.draw(count, percent, 1, number) for number in range(2)]
+    vectors = np.tile(np.float32([[1, 0], [0, 1]]).repeat(count, axis=0)[::-1], 1).copy()
+    for number in range(2):
+        vectors[number * count + drawn[number]] = np.eye(2, dtype=np.float32)[number]
+    bank = {
+        "embeddings": vectors,
+        "labels": np.repeat(np.arange(2), count),
+        "classes": np.array(["a", "b"]),
+    }
+    queries = {"embeddings": np.eye(2, dtype=np.float32), "labels": np.arange(2)}
+    assert knn.accuracies(bank, queries, [percent])["25"][1] == 100
+    files = sorted((source / "train" / "a").iterdir())
+    folder = linked(running.ROOT / folders.with_labels("x", source, percent, 1) / "train")
+    assert folder["a"] == sorted(os.path.realpath(files[i]) for i in drawn[0])
+
+
+def test_long_training_costs_what_pretraining_and_finetuning_cost():
+    settings = transfer.Settings(
+        pretrain={"epochs": 100},
+        classify={},
+        finetune={},
+        scratch={},
+        probe={},
+        epochs={100: 10, 10: 30, 1: 30},
+        probe_epochs={},
+        copies={100: 1, 10: 1, 1: 10},
+        image_cost=0.7,
+    )
+    # 100 epochs of all images at 0.7 of the cost: 70 epochs of all, or 700 of a tenth.
+    assert transfer.long_epochs(settings, 100) == 80
+    assert transfer.long_epochs(settings, 10) == 730
+    assert transfer.long_epochs(settings, 1) == 730
