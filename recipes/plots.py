@@ -1,9 +1,9 @@
 """Pictures of results, as SVG by matplotlib, which is imported only to draw.
 
-A chart is plain data: {"name", "alt", "rows": [[panel or None, ...], ...]}, a panel {"title", "x",
-"y", "lines"}, and "ticks" where x are names, a line {"label", "x", "y"} and "points", the [x, y] of
-single seeds, where y are means. A picture holds its chart's fingerprint, so that one can tell,
-without drawing it, whether it is what the results make.
+A chart is plain data: {"name", "alt", "rows": [[panel or None, ...], ...]}. A panel is {"title",
+"x", "y", "lines"}, with "ticks" [[x, name], ...] if each x has one. A line is {"label", "style",
+"x", "y"}, with "points" [[x, y], ...], the single seeds, if y are means. A picture holds its
+chart's fingerprint: one can tell, without drawing it, whether it is what the results make.
 """
 
 import hashlib
@@ -16,6 +16,8 @@ from util.checkpoint import write_whole
 from util.errors import UserError
 
 FOLDER = running.ROOT / "docs" / "images" / "results"
+ACCURACY = "accuracy (%)"  # a panel's y
+LEAST_SPAN = 5
 # Okabe and Ito's colours, which colour-blind readers can tell apart; marks and dashes differ too.
 STYLES = [
     {"color": "#0072B2", "marker": "o", "linestyle": "-"},
@@ -91,17 +93,27 @@ def draw(chart):
             axes.remove()
             continue
         for line in panel["lines"]:
-            handles[line["label"]] = draw_line(axes, line, STYLES[line.get("style", 0)])
+            handles[line["label"]] = draw_line(axes, line, STYLES[line["style"]])
         axes.set(title=panel["title"], xlabel=panel["x"], ylabel=panel["y"])
         if "ticks" in panel:
-            axes.set_xticks(range(len(panel["ticks"])), panel["ticks"])
-            axes.set_xlim(-0.5, len(panel["ticks"]) - 0.5)
+            places, names = zip(*panel["ticks"], strict=True)
+            axes.set_xticks(places, names)
+            axes.update_datalim([(place, panel["lines"][0]["y"][0]) for place in places])
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
-        axes.margins(y=0.12)
-    if len(handles) > 1:
-        figure.legend(handles.values(), handles.keys(), loc="outside upper center", ncols=3)
+        axes.margins(x=0.1, y=0.1)
+        if panel["y"] == ACCURACY:
+            widen(axes)
+    figure.legend(handles.values(), handles.keys(), loc="outside upper center", ncols=3)
     return figure
+
+
+def widen(axes):
+    """Show at least `LEAST_SPAN` percentage points, so that noise does not look like a trend."""
+    low, high = axes.get_ylim()
+    if high - low < LEAST_SPAN:
+        middle = (low + high) / 2
+        axes.set_ylim(middle - LEAST_SPAN / 2, middle + LEAST_SPAN / 2)
 
 
 def draw_line(axes, line, style):

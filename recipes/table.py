@@ -9,7 +9,10 @@ import sys
 import textwrap
 from statistics import mean
 
+import ablations
 import cifar10
+import cifar10_trials
+import efficient
 import fashion_mnist
 import figures
 import folders
@@ -17,6 +20,7 @@ import knn
 import plots
 import running
 import transfer
+import worth
 
 from benchmarks.table import grid, put_between
 from util.errors import UserError
@@ -54,18 +58,22 @@ PUBLISHED = [
     ["ViT-Ti/2", "2000 epochs", "89.8", "74.1", "IcarusWizard/MAE, a re-implementation"],
     ["ViT with 3.64 M parameters, 36 px", "", "96.4", "", "arXiv 2402.03752"],
 ]
-SEEDS = 2  # of the ablations and the cheap recipe
 MEASURES = {
     "k-NN": lambda cell: figures.neighbours(cell)[0],
     "linear probe": lambda cell: figures.evaluated(cell, "probe_eval"),
     "fine-tuned": figures.evaluated,
 }
-ABLATIONS = {
-    "mask_ratio": ("mask ratio", [0.25, 0.5, 0.75, 0.9]),
-    "decoder_depth": ("decoder blocks", [1, 2, 4, 8]),
+DEFAULTS = {"mask_ratio": 0.75, "decoder_depth": 2}  # of main_pretrain.py, of nano
+BASE = {flag: cifar10.PRETRAIN.get(flag, value) for flag, value in DEFAULTS.items()}
+BASE["target"] = "normalised" if cifar10.PRETRAIN["norm_pix_loss"] else "raw"
+ABLATIONS = {  # how they are called, and their settings
+    "mask_ratio": ("mask ratio", sorted({BASE["mask_ratio"], *ablations.VARIED["mask_ratio"]})),
+    "decoder_depth": (
+        "decoder blocks",
+        sorted({BASE["decoder_depth"], *ablations.VARIED["decoder_depth"]}),
+    ),
     "target": ("pixels to predict", ["raw", "normalised"]),
 }
-BASE = {"mask_ratio": 0.75, "decoder_depth": 2, "target": "normalised"}
 # Printed in Table 1 of arXiv 2111.06377.
 PAPER = {
     "decoder_depth": {
@@ -77,8 +85,13 @@ PAPER = {
         "fine-tuned": {"raw": 84.9, "normalised": 85.4},
     },
 }
-BUDGETS = (1, 2, 4)
 RECIPES = {"paper": "the paper's", "cheap": "the cheap one"}
+KINDS = {
+    "pretrain": "pre-training",
+    "finetune": "fine-tuning",
+    "probe": "linear probe",
+    "scratch": "from scratch",
+}
 
 INTRODUCTION = f"""# Results
 
@@ -92,8 +105,8 @@ is one run with one seed and has one JSON file: commands, times, commit, hardwar
 - **71.3 ± 0.4, n = 3** is a mean and the sample standard deviation over 3 seeds. A seed decides the
   weights that start at random, the order of the images, their augmentation and, with less than all
   labels, which images keep theirs.
-- **Core-hours** are the processor time of a run's commands, with loading and evaluation. A run has
-  one core. Wall time says less, because other work shared the machine.
+- **Time** is processor time of one core: of all commands of a run, with loading and evaluation.
+  Wall time says less, because other work shared the machine.
 - **Not run** is said wherever a cell is missing, and "2 of 3 seeds" where some are.
 - **What was decided on which data**: settings were chosen by [trials](#trials), which hold out a
   tenth of CIFAR-10's training images and never see the real held-out ones. No other figure on this
@@ -109,7 +122,7 @@ same classifier is trained from scratch, with as many epochs as in fine-tuning, 
 computing as in pre-training and fine-tuning together.
 
 k-NN is by the {knn.NEIGHBOURS} nearest neighbours. It trains nothing, so that n = 1 with all
-labels. Its core-hours are those of all three columns together.
+labels. Its time is that of all three columns together.
 
 "Where it does not pay" compares "{ROWS["finetune"]}" with the rows from scratch. The difference of
 their means has a standard error (Welch: the root of the sum of the two means' variances). MAE is
@@ -118,12 +131,16 @@ within the noise. With three seeds a row this rule is coarse: of comparisons of 
 12% to 18% would be ahead or behind (Student's t with 4 to 2 degrees of freedom).
 
 """
+WORTH = f"""A cell pre-trains nano on CIFAR-10's training images, without labels. Then, with
+{worth.PERCENT}% of the labels, its encoder is searched by neighbours, probed and fine-tuned, the
+last two for {worth.CLASSIFIER_EPOCHS} epochs. The seed decides all of it, from the pre-training to
+the draw of the labels."""
 ABLATIONS_INTRODUCTION = f"""## The paper's ablations, in miniature
 
-CIFAR-10, nano, short budgets, {SEEDS} seeds, each with its own pre-training. One setting changes at
-a time. The others are: mask ratio {BASE["mask_ratio"]}, {BASE["decoder_depth"]} decoder blocks,
-{BASE["target"]} pixels. All results are here, whatever they say. The paper's figures are those of
-ViT-L on ImageNet (arXiv 2111.06377): compare the shapes, not the numbers.
+{WORTH} Pre-training takes {ablations.EPOCHS} epochs, and there are {ablations.SEEDS} seeds. One
+setting changes at a time. The others are: mask ratio {BASE["mask_ratio"]}, {BASE["decoder_depth"]}
+decoder blocks, {BASE["target"]} pixels. All results are here, whatever they say. The paper's
+figures are those of ViT-L on ImageNet (arXiv 2111.06377): compare the shapes, not the numbers.
 
 """
 PAPER_SAYS = {
@@ -139,16 +156,19 @@ CHEAP_INTRODUCTION = f"""## The cheap recipe
 
 A higher mask ratio and a shallower decoder make an epoch cheaper, and a budget has more of them.
 Wei et al. (CVPRW 2024) reach 82.9% on ImageNet with ViT-B in about 9 hours on one A100. That is
-their figure: `recipes/efficient.sh` has their recipe as commands, which were not run here. The
-miniature: CIFAR-10, nano, {len(BUDGETS)} budgets, {SEEDS} seeds, each with its own pre-training.
+their figure: `recipes/efficient.sh` has their recipe as commands, which were not run here.
+
+Here is a miniature, with {len(efficient.BUDGETS)} budgets and {efficient.SEEDS} seeds. {WORTH}
 
 """
-TRIALS_INTRODUCTION = """## Trials
+TRIALS_INTRODUCTION = f"""## Trials
 
-Small trials that chose the settings for CIFAR-10, one run each. A tenth of the training images are
-held out, the last ones of each class. The others pre-train, and a tenth of them, with their labels,
-train the classifier. Accuracies are those on the held-out tenth after the last epoch. One run a
-trial can't tell small differences from noise.
+Small trials that chose the settings for CIFAR-10, with nano, one run each. A tenth of the training
+images are held out, the last ones of each class, and accuracies are those on this tenth after the
+last epoch. The others pre-train, {cifar10_trials.PRETRAIN["epochs"]} epochs. A tenth of these train
+the classifier with their labels, {cifar10_trials.FINETUNE["epochs"]} epochs. Classifiers start from
+the first pre-training: its row is also that of fine-tuning with nothing changed. One run a trial
+can't tell small differences from noise.
 
 """
 
@@ -262,7 +282,7 @@ def cost_table(cells, model):
             found = figures.select(cells, what=what, model=model, **about)
             row.append(cost(found, None if what.startswith("scratch") else pretraining))
         rows.append(row)
-    return grid(["epochs; core-hours (with the pre-training)", *label_columns()], rows)
+    return grid(["epochs; time (with the pre-training)", *label_columns()], rows)
 
 
 def cost(cells, pretraining):
@@ -270,8 +290,12 @@ def cost(cells, pretraining):
     if hours is None:
         return figures.NOT_RUN
     epochs = sorted({cell["about"].get("epochs") for cell in cells} - {None})
-    text = "".join(f"{number}; " for number in epochs) + f"{hours:.1f}"
-    return text + (f" ({hours + pretraining:.1f})" if pretraining is not None else "")
+    text = "".join(f"{number}; " for number in epochs) + duration(hours)
+    return text + (f" ({duration(hours + pretraining)})" if pretraining is not None else "")
+
+
+def duration(hours):
+    return f"{hours:.1f} h" if hours >= 1 else f"{60 * hours:.1f} min"
 
 
 def pays(cells, model):
@@ -318,7 +342,7 @@ def curve_chart(table, model, cells):
 
     losses = [line("train_loss", "training images"), line("val_loss", "held-out images", 1)]
     row = [panel("loss", "loss", *losses)]
-    row.append(panel("k-NN", "accuracy (%)", line("knn_acc1", "held-out images", 1)))
+    row.append(panel("k-NN", plots.ACCURACY, line("knn_acc1", "held-out images", 1)))
     return {
         "name": f"{table}-{model}-pretraining".replace("_", "-"),
         "alt": f"{TABLES[table][0]}, {model}: losses and k-NN accuracy by epoch of pre-training",
@@ -355,10 +379,10 @@ def transfer_table(table, model, cells):
     picture, charts = shown(curve_chart(table, model, pretrained), pretrained)
     parts = [
         f"### {title}, {model}\n",
-        accuracy_table(cells, model, "accuracy (%)"),
+        accuracy_table(cells, model, plots.ACCURACY),
         cost_table(cells, model),
         f"Pre-training, {settings.pretrain['epochs']} epochs: "
-        + (f"{hours:.1f} core-hours.\n" if pretrained else f"{figures.NOT_RUN}.\n"),
+        + (f"{duration(hours)}.\n" if pretrained else f"{figures.NOT_RUN}.\n"),
         f"#### Where it does not pay: {title}, {model}\n",
         pays(cells, model) + picture,
     ]
@@ -394,16 +418,12 @@ def minutes_text(cells):
 
 
 def groups_of(vary, cells):
-    """{value: its cells} of an ablation, also of values that only the paper has."""
-    base = figures.select(cells, vary="base")
+    """{setting: its cells} of an ablation, also of settings that only the paper has."""
     values = [*ABLATIONS[vary][1]]
-    values += [cell["about"]["value"] for cell in figures.select(cells, vary=vary)]
     values += [value for theirs in PAPER.get(vary, {}).values() for value in theirs]
-    values = dict.fromkeys(values)
-    return {
-        value: figures.select(cells, vary=vary, value=value) + (base if value == BASE[vary] else [])
-        for value in (values if vary == "target" else sorted(values))
-    }
+    groups = {value: figures.select(cells, vary=vary, value=value) for value in values}
+    groups[BASE[vary]] += figures.select(cells, vary="base")
+    return groups
 
 
 def ablation_section(vary, cells):
@@ -412,7 +432,7 @@ def ablation_section(vary, cells):
     head = [name, *MEASURES, "core-minutes of pre-training", *(f"paper: {m}" for m in paper)]
     rows = [
         [f"{value}"]
-        + [figures.mean_and_std(measured(group, measure), SEEDS) for measure in MEASURES]
+        + [figures.mean_and_std(measured(group, measure), ablations.SEEDS) for measure in MEASURES]
         + [minutes_text(group)]
         + [f"{theirs[value]:.1f}" for theirs in paper.values()]
         for value, group in groups.items()
@@ -424,32 +444,39 @@ def ablation_section(vary, cells):
 
 def summary(groups):
     """Where each measure's mean is highest, and how much the seeds of a setting scatter."""
-    best = []
+    groups = {value: group for value, group in groups.items() if group}
+    if len(groups) < 2:
+        return ""
+    highest, scatters = [], []
     for measure in MEASURES:
-        samples = {value: measured(group, measure) for value, group in groups.items() if group}
-        if len(samples) < 2:
-            return ""
-        highest = max(samples, key=lambda value, samples=samples: mean(samples[value]))
+        samples = {value: measured(group, measure) for value, group in groups.items()}
+        means = {value: mean(values) for value, values in samples.items()}
+        highest.append(f"{max(means, key=means.get)} ({measure})")
         scatter = figures.pooled_std(samples.values())
-        best.append(f"{measure} {highest}")
-        if scatter is not None:
-            best[-1] += f" (seeds of a setting scatter by {scatter:.1f} points)"
-    return f"Here the highest means are: {', '.join(best)}. "
+        scatters.append("?" if scatter is None else f"{scatter:.1f}")
+    return (
+        f"Here the highest means are at {listed(highest)}. The seeds of one setting scatter by "
+        f"{listed(scatters)} points (pooled standard deviation). "
+    )
+
+
+def listed(texts):
+    return f"{', '.join(texts[:-1])} and {texts[-1]}"
 
 
 def ablation_chart(vary, groups):
     """Three panels of ours and, where the paper prints figures, the paper's below them."""
     name, _ = ABLATIONS[vary]
     paper = PAPER.get(vary, {})
-    axes = {"x": name, "y": "accuracy (%)"}
+    axes = {"x": name, "y": plots.ACCURACY}
     places = {value: value for value in groups}
     if vary != "mask_ratio":  # names, or numbers that double
         places = {value: place for place, value in enumerate(groups)}
-        axes["ticks"] = [f"{value}" for value in groups]
+    axes["ticks"] = [[place, f"{value}"] for value, place in places.items()]
 
     def ours(measure):
         samples = {places[v]: measured(group, measure) for v, group in groups.items() if group}
-        line = seeds_and_mean("here: seeds and their mean", samples)
+        line = seeds_and_mean("here: mean; open marks: seeds", samples)
         return {"title": f"here: {measure}", **axes, "lines": [line]}
 
     def theirs(measure):
@@ -490,27 +517,36 @@ def ablations_section():
 
 def cheap_section():
     cells = figures.read("efficient")
-    measures = ["k-NN", "fine-tuned"]
-    axes = {"x": "core-minutes of pre-training", "y": "accuracy (%)"}
-    panels = {measure: {"title": measure, **axes, "lines": []} for measure in measures}
+    axes = {"x": "core-minutes of pre-training", "y": plots.ACCURACY}
+    panels = {measure: {"title": measure, **axes, "lines": []} for measure in MEASURES}
     rows = []
     for style, (recipe, label) in enumerate(RECIPES.items()):
-        groups = {b: figures.select(cells, recipe=recipe, budget=b) for b in BUDGETS}
-        for budget, group in groups.items():
-            texts = [figures.mean_and_std(measured(group, m), SEEDS) for m in measures]
-            rows.append([label, f"{budget}", minutes_text(group), *texts])
-        timed = [group for group in groups.values() if minutes(group) is not None]
-        for measure in measures if timed else []:
+        timed = []
+        changes, lengths = efficient.RECIPES[recipe]
+        for budget, epochs in zip(efficient.BUDGETS, lengths, strict=True):
+            group = figures.select(cells, recipe=recipe, budget=budget)
+            texts = [figures.mean_and_std(measured(group, m), efficient.SEEDS) for m in MEASURES]
+            rows.append(
+                [
+                    f"{label}, {changed(changes)}",
+                    f"{budget}",
+                    f"{epochs}",
+                    minutes_text(group),
+                    *texts,
+                ]
+            )
+            timed += [group] if minutes(group) is not None else []
+        for measure, panel in panels.items() if timed else ():
             samples = {minutes(group): measured(group, measure) for group in timed}
-            line = seeds_and_mean(f"{label}: seeds and their mean", samples, style)
-            panels[measure]["lines"].append(line)
+            line = seeds_and_mean(f"{label}: mean; open marks: seeds", samples, style)
+            panel["lines"].append(line)
     chart = {
         "name": "cheap-recipe",
-        "alt": "Accuracy by core-minutes of pre-training: two recipes, k-NN and fine-tuned",
+        "alt": f"Accuracy by core-minutes of pre-training, two recipes: {', '.join(MEASURES)}",
         "rows": [list(panels.values())],
     }
     picture, charts = shown(chart, any(panel["lines"] for panel in panels.values()))
-    head = ["recipe", "budget", axes["x"], *measures]
+    head = ["recipe", "budget", "epochs", axes["x"], *MEASURES]
     text = CHEAP_INTRODUCTION + grid(head, rows) + "\n" + picture + "\n"
     return text + origin("python recipes/efficient.py --data_path CIFAR10", cells), charts
 
@@ -520,31 +556,39 @@ def cheap_section():
 
 def trials_section():
     cells = figures.read("cifar10_trials")
+    done = {cell["cell"]: cell for cell in cells}
+    trials = {"pretrain": cifar10_trials.PRETRAININGS} | cifar10_trials.CLASSIFIERS
+    rows = [
+        [KINDS[kind], changed(changes), *trial_figures(done.get(f"{kind}-{name}"))]
+        for kind, settings in trials.items()
+        for name, changes in settings.items()
+    ]
     head = ["trial", "changed", "k-NN", "accuracy of the classifier", "core-minutes", ""]
-    rows = [trial_row(cell) for cell in cells] or [[figures.NOT_RUN]]
     text = TRIALS_INTRODUCTION + grid(head, rows) + "\n"
     return text + origin("python recipes/cifar10_trials.py --data_path CIFAR10", cells), []
 
 
-def trial_row(cell):
-    about = cell["about"]
-    kind = about.get("kind", "pretrain")
+def trial_figures(cell):
+    if cell is None:
+        return [figures.NOT_RUN]
     neighbours = ""
-    if kind == "pretrain":
+    if cell["about"]["kind"] == "pretrain":
         neighbours = f"{figures.output(cell, 'pretrain/log.txt')[-1]['knn_acc1']:.1f}"
     return [
-        {"pretrain": "pre-training", "finetune": "fine-tuning", "scratch": "from scratch"}[kind],
-        ", ".join(change(*item) for item in about["changes"].items()) or "nothing",
         neighbours,
         f"{figures.output(cell, 'finetune/log.txt')[-1]['test_acc1']:.1f}",
         f"{cell['cpu_s'] / 60:.1f}",
-        "chosen" if about.get("chosen") else "",
+        "chosen" if cell["about"].get("chosen") else "",
     ]
 
 
-def change(flag, value):
-    """A changed flag as one would type it, or that it is off."""
-    return f"no `--{flag}`" if value is False else f"`{' '.join(running.flags({flag: value}))}`"
+def changed(flags):
+    """Changed flags as one would type them, or without which."""
+    texts = [
+        f"no `--{flag}`" if value is False else f"`{' '.join(running.flags({flag: value}))}`"
+        for flag, value in flags.items()
+    ]
+    return ", ".join(texts) or "nothing"
 
 
 if __name__ == "__main__":

@@ -14,6 +14,9 @@ import running
 import table
 from helpers import ROOT
 
+import main_pretrain
+import models_mae
+
 
 def cell(about, seed=0, cpu_s=3600.0, **outputs):
     """A cell's JSON, as recipes/running.py writes it; `eval` is the accuracy of eval/eval.json."""
@@ -81,20 +84,23 @@ def cheap_cells():
             for seed in (0, 1):
                 about = {"recipe": recipe, "budget": budget}
                 accuracy = 50.0 + 10 * budget + gain + seed
-                made = cell(about, seed, 80 * budget, knn={"100": [accuracy]}, eval=accuracy + 10)
-                cells.append(made)
+                figures_ = {
+                    "knn": {"100": [accuracy]},
+                    "probe": accuracy + 5,
+                    "eval": accuracy + 10,
+                }
+                cells.append(cell(about, seed, 80 * budget, **figures_))
     return cells
 
 
 def trial_cells():
-    outputs = {"pretrain/log.txt": LOG, "finetune/log.txt": [{"test_acc1": 44.44}]}
-    changes = {"decoder_depth": 1, "norm_pix_loss": False, "crop_scale": [0.5, 1]}
-    scratch = {"kind": "scratch", "changes": {"lr": 2e-3}, "chosen": True}
-    return [
-        cell({"changes": {}}, cpu_s=90, **outputs),
-        cell({"kind": "pretrain", "changes": changes}, **outputs),
-        cell(scratch, **{"finetune/log.txt": [{"test_acc1": 10.0}, {"test_acc1": 33.0}]}),
-    ]
+    """By name: of a pre-training, and of a classifier."""
+    ended = {"finetune/log.txt": [{"test_acc1": 10.0}, {"test_acc1": 44.44}]}
+    pretrain = cell({"kind": "pretrain"}, cpu_s=90, **ended, **{"pretrain/log.txt": LOG})
+    return {
+        "pretrain-raw": pretrain,
+        "scratch-lr2e-3": cell({"kind": "scratch", "chosen": True}, **ended),
+    }
 
 
 @pytest.fixture
@@ -110,9 +116,11 @@ def project(tmp_path, monkeypatch):
     def add(name, cells):
         folder = running.RESULTS / name
         folder.mkdir(parents=True)
-        for number, made in enumerate(cells):
-            made |= {"table": name, "cell": f"cell{number}"}
-            (folder / f"cell{number}.json").write_text(json.dumps(made))
+        if isinstance(cells, list):
+            cells = {f"cell{number}": made for number, made in enumerate(cells)}
+        for cell_name, made in cells.items():
+            made |= {"table": name, "cell": cell_name}
+            (folder / f"{cell_name}.json").write_text(json.dumps(made))
 
     return add
 
@@ -129,7 +137,7 @@ def run(monkeypatch, *flags):
 
 def rows_of(text, head):
     """The rows of the table on a page whose head begins so: {first cell: the others}."""
-    (block,) = [b for b in text.split("\n\n") if b.startswith(f"| {head}")]
+    block = next(b for b in text.split("\n\n") if b.startswith(f"| {head}"))
     rows = [line.strip("| ").split(" | ") for line in block.splitlines()[2:]]
     return {first: rest for first, *rest in rows}
 
@@ -205,9 +213,8 @@ def test_cells_that_were_not_run_say_so(project):
     text, charts = table.page()
     assert charts == []
     assert "![" not in text
-    for line in text.splitlines():
-        if line.startswith(("| MAE", "| from scratch")):
-            assert line.count("not run") == 3
+    for what in ("accuracy (%)", "epochs; time"):
+        assert rows_of(text, what) == {row: ["not run"] * 3 for row in table.ROWS.values()}
     assert text.count("No cell was run.") == 5
     assert rows_of(text, "decoder blocks")["2"] == ["not run"] * 4 + ["70.0", "84.9"]
 
@@ -227,18 +234,17 @@ def test_transfer_by_hand(project):
             "not run",
         ],
     }
-    costs = rows_of(text, "epochs; core-hours")
-    assert costs["MAE, fine-tuned"] == ["not run", "30; 0.5 (5.5)", "not run"]
-    assert costs["MAE, k-NN (frozen)"] == ["0.1 (5.1)"] * 3
-    assert costs["from scratch, fine-tuning's epochs"][1] == "30; 0.5"
-    assert "epochs: 5.0 core-hours." in text
+    costs = rows_of(text, "epochs; time")
+    assert costs["MAE, fine-tuned"] == ["not run", "30; 30.0 min (5.5 h)", "not run"]
+    assert costs["MAE, k-NN (frozen)"] == ["6.0 min (5.1 h)"] * 3
+    assert costs["from scratch, fine-tuning's epochs"][1] == "30; 30.0 min"
+    assert "epochs: 5.0 h." in text
     compared = [line.split(" | ") for line in text.splitlines() if line.startswith("| 10% | ")]
     assert compared == [
         ["| 10%", "from scratch, fine-tuning's epochs", "+21.0", "1.3", "ahead |"],
         ["| 10%", table.ROWS["scratch_long"], "", "", "too few seeds |"],
     ]
     assert "Pre-training is ahead in every comparison that was run." in text
-    assert "8 cells" not in text
     assert "9 cells: commit abc1234; Zen 5; python 3.12, torch 2.9." in text
 
 
@@ -252,6 +258,14 @@ def test_where_pre_training_does_not_pay_is_said(finetuned, said, project):
     sentence = f"Pre-training does not pay ({said}) against: {table.ROWS['scratch']} (10%)."
     assert sentence in text
     assert "is ahead in every" not in text
+
+
+def test_the_base_setting_is_that_of_the_pre_trainings():
+    args = main_pretrain.get_args_parser().parse_args(["--data_path", "images"])
+    nano = models_mae.MODELS["mae_vit_nano_patch4"](img_size=32)
+    assert {"mask_ratio": args.mask_ratio, "decoder_depth": len(nano.decoder_blocks)} == (
+        table.DEFAULTS
+    )
 
 
 def test_ablations_by_hand(project):
@@ -269,13 +283,11 @@ def test_ablations_by_hand(project):
     assert depths["12"] == ["not run"] * 4 + ["73.3", "84.4"]
     raw = ["40.0, 1 of 2 seeds", "45.0, 1 of 2 seeds", "50.0, 1 of 2 seeds", "3.0", "73.5", "84.9"]
     assert rows_of(text, "pixels to predict")["raw"] == raw
-    # The scatter: squares of 2 x 0.5 and 2 x 2 over two degrees of freedom.
-    assert (
-        "Here the highest means are: k-NN 0.75 (seeds of a setting scatter by 1.1 points)" in text
-    )
+    assert "means are at 0.75 (k-NN), 0.75 (linear probe) and 0.75 (fine-tuned)." in text
+    assert "scatter by 1.1, 1.1 and 1.1 points" in text  # squares of 0.5 and 2, in two degrees
     depth = charts[1]
     ours, theirs = depth["rows"]
-    assert ours[0]["ticks"] == ["1", "2", "4", "8", "12"]
+    assert ours[0]["ticks"] == [[0, "1"], [1, "2"], [2, "4"], [3, "8"], [4, "12"]]
     (line,) = ours[1]["lines"]
     assert (line["x"], line["y"]) == ([0, 1], [69.0, 66.0])
     assert line["points"] == [[0, 68.0], [0, 70.0], [1, 65.0], [1, 67.0]]
@@ -286,13 +298,16 @@ def test_ablations_by_hand(project):
 def test_the_cheap_recipe_by_hand(project):
     project("efficient", cheap_cells())
     text, (chart,) = table.cheap_section()
-    rows = [line.strip("| ").split(" | ") for line in text.splitlines() if "cheap one" in line]
-    assert rows == [
-        ["the cheap one", "1", "1.0", "63.5 ± 0.7, n = 2", "73.5 ± 0.7, n = 2"],
-        ["the cheap one", "2", "2.0", "73.5 ± 0.7, n = 2", "83.5 ± 0.7, n = 2"],
-        ["the cheap one", "4", "not run", "not run", "not run"],
+    rows = [line.split(" | ") for line in text.splitlines() if "cheap one" in line]
+    _, budgets, _, *columns = zip(*rows, strict=True)
+    assert budgets == ("1", "2", "4")
+    assert columns == [
+        ("1.0", "2.0", "not run"),
+        ("63.5 ± 0.7, n = 2", "73.5 ± 0.7, n = 2", "not run"),
+        ("68.5 ± 0.7, n = 2", "78.5 ± 0.7, n = 2", "not run"),
+        ("73.5 ± 0.7, n = 2 |", "83.5 ± 0.7, n = 2 |", "not run |"),
     ]
-    lines = chart["rows"][0][1]["lines"]
+    lines = chart["rows"][0][2]["lines"]
     assert [(line["x"], line["y"]) for line in lines] == [
         ([1.0, 2.0], [70.5, 80.5]),
         ([1.0, 2.0], [73.5, 83.5]),
@@ -302,12 +317,10 @@ def test_the_cheap_recipe_by_hand(project):
 def test_trials_by_hand(project):
     project("cifar10_trials", trial_cells())
     text, _ = table.trials_section()
-    assert text.splitlines()[-5:-2] == [
-        "| pre-training | nothing | 61.5 | 44.4 | 1.5 |  |",
-        "| pre-training | `--decoder_depth 1`, no `--norm_pix_loss`, `--crop_scale 0.5 1` "
-        "| 61.5 | 44.4 | 60.0 |  |",
-        "| from scratch | `--lr 0.002` |  | 33.0 | 60.0 | chosen |",
-    ]
+    lines = text.splitlines()
+    assert "| pre-training | no `--norm_pix_loss` | 61.5 | 44.4 | 1.5 |  |" in lines
+    assert "| pre-training | `--crop_scale 0.5 1` | not run |  |  |  |" in lines
+    assert "| from scratch | `--lr 0.002` |  | 44.4 | 60.0 | chosen |" in lines
 
 
 def test_several_origins_are_counted_and_lost_times_said():
