@@ -1,4 +1,4 @@
-.PHONY: help demo test test-faults test-slurm lint bench gpu
+.PHONY: help demo test test-faults test-slurm lint bench gpu results-small
 .DEFAULT_GOAL := help
 
 PYTHON ?= python3
@@ -40,6 +40,10 @@ bench: $(READY)  ## measure speed, count memory, and write their pages
 	.venv/bin/python -m benchmarks.scaling
 	.venv/bin/python -m benchmarks.load
 	.venv/bin/python -m benchmarks.table
+
+results-small: $(READY)  ## train and measure all of docs/results.md's table of Fashion-MNIST, in an hour
+	.venv/bin/python recipes/fashion_mnist.py
+	.venv/bin/python recipes/table.py
 
 gpu: $(READY)  ## test and measure on a GPU, in less than 9 minutes
 	.venv/bin/python -m benchmarks.gpu

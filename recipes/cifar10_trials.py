@@ -7,8 +7,13 @@ tenths, and are compared by neighbours, and by fine-tuning with a tenth of these
 are compared with these labels, too; fine-tuned and probed ones start from the first pre-training.
 """
 
+import functools
+
 import folders
 import running
+import transfer
+
+TABLE = "cifar10_trials"
 
 PRETRAININGS = {
     "base": {},
@@ -37,6 +42,7 @@ FINETUNE = {
     "nb_classes": 10,
     "input_size": 32,
     "batch_size": 128,
+    "global_pool": True,
     "epochs": 15,
     "warmup_epochs": 2,
     "lr": 1e-3,
@@ -49,7 +55,6 @@ FINETUNE = {
     "log_every": 100,
 }
 NOT_OF_PROBE = ("aa", "reprob", "drop_path")
-PROBE = {"global_pool": True}
 CLASSIFIERS = {
     "finetune": {
         "lr5e-4": {"lr": 5e-4},
@@ -73,36 +78,30 @@ def make_cells(args):
     folders.check(args.data_path)
     all_images = folders.for_trials("cifar10", args.data_path)
     tenth = folders.for_trials("cifar10", args.data_path, 10)
+    outputs = functools.partial(running.output, TABLE)
+    encoder = outputs("pretrain-base") / "pretrain" / "encoder.safetensors"
     cells = []
     for name, changes in PRETRAININGS.items():
-        out = running.output("cifar10_trials", f"pretrain-{name}")
+        out = outputs(f"pretrain-{name}")
         pretrain = PRETRAIN | changes | {"data_path": all_images, "output_dir": out / "pretrain"}
-        finetune = FINETUNE | {
-            "finetune": out / "pretrain" / "encoder.safetensors",
-            "data_path": tenth,
-            "output_dir": out / "finetune",
-        }
-        commands = [
-            ["main_pretrain.py", *running.flags(pretrain)],
-            ["main_finetune.py", *running.flags(finetune)],
-        ]
+        finetune = FINETUNE | {"finetune": out / "pretrain" / encoder.name, "data_path": tenth}
+        commands = [["main_pretrain.py", *running.flags(pretrain)]]
+        commands += transfer.train_and_evaluate("main_finetune.py", finetune, all_images, out)
         about = {"kind": "pretrain", "changes": changes}
         cells.append(running.Cell(f"pretrain-{name}", commands, about))
-    encoder = running.output("cifar10_trials", "pretrain-base") / "pretrain" / "encoder.safetensors"
     for kind, trials in CLASSIFIERS.items():
         for name, changes in trials.items():
-            out = running.output("cifar10_trials", f"{kind}-{name}") / "finetune"
-            settings = FINETUNE | {"data_path": tenth, "output_dir": out}
+            train = FINETUNE | {"finetune": encoder, "data_path": tenth}
+            command, needs = "main_finetune.py", ["pretrain-base"]
             if kind == "scratch":
-                settings |= {"layer_decay": 1}
-            else:
-                settings |= {"finetune": encoder}
-            if kind == "probe":
-                settings = {k: v for k, v in settings.items() if k not in NOT_OF_PROBE} | PROBE
-            command = "main_linprobe.py" if kind == "probe" else "main_finetune.py"
+                train |= {"finetune": False, "layer_decay": 1}
+                needs = []
+            elif kind == "probe":
+                train |= dict.fromkeys(NOT_OF_PROBE, False)
+                command = "main_linprobe.py"
+            out = outputs(f"{kind}-{name}")
+            commands = transfer.train_and_evaluate(command, train | changes, all_images, out)
             about = {"kind": kind, "changes": changes}
-            needs = [] if kind == "scratch" else ["pretrain-base"]
-            commands = [[command, *running.flags(settings | changes)]]
             cells.append(running.Cell(f"{kind}-{name}", commands, about, needs=needs))
     return cells
 
@@ -112,4 +111,4 @@ def add_flags(parser):
 
 
 if __name__ == "__main__":
-    running.main(__doc__, make_cells, "cifar10_trials", add_flags)
+    running.main(__doc__, make_cells, TABLE, add_flags)

@@ -79,8 +79,9 @@ def with_labels(name, source, percent, seed, copies=1):
 def for_trials(name, source, percent=100):
     """A folder that leaves the source's held-out images alone.
 
-    A tenth of the training images, the last ones of each class, are held out instead; of the
-    others, `percent` of each class train, the first ones.
+    A tenth of the training images, the last ones of each class, are held out instead. Of the
+    others, `percent` of each class train, the first ones; if these aren't all, `WATCHED` images of
+    each class are held out.
     """
 
     def parts():
@@ -88,7 +89,7 @@ def for_trials(name, source, percent=100):
         cut = {label: len(paths) * 9 // 10 for label, paths in train.items()}
         return {
             "train": {k: p[: cut[k] * percent // 100] for k, p in train.items()},
-            "val": {k: p[cut[k] :] for k, p in train.items()},
+            "val": {k: p[cut[k] :][: WATCHED if percent < 100 else None] for k, p in train.items()},
         }
 
     return make(f"{name}-trials-{percent}", parts)
