@@ -576,7 +576,7 @@ def trial_figures(cell):
         neighbours = f"{figures.output(cell, 'pretrain/log.txt')[-1]['knn_acc1']:.1f}"
     return [
         neighbours,
-        f"{figures.output(cell, 'finetune/log.txt')[-1]['test_acc1']:.1f}",
+        f"{figures.evaluated(cell):.1f}",
         f"{cell['cpu_s'] / 60:.1f}",
         "chosen" if cell["about"].get("chosen") else "",
     ]
