@@ -14,7 +14,7 @@ SEEDS = 2
 EPOCHS = 3
 VARIED = {
     "mask_ratio": [0.25, 0.5, 0.9],
-    "decoder_depth": [1, 4, 8],
+    "decoder_depth": [2, 4, 8],
     "norm_pix_loss": [False],
 }
 

@@ -11,11 +11,12 @@ import transfer
 
 PRETRAIN = {
     "input_size": 32,
-    "batch_size": 256,
+    "batch_size": 128,
     "epochs": 100,
     "warmup_epochs": 5,
-    "blr": 1e-3,
+    "blr": 2e-3,
     "norm_pix_loss": True,
+    "decoder_depth": 1,
     "crop_scale": [0.2, 1],
     "num_workers": 1,
     "save_every": 1000,

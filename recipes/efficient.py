@@ -13,7 +13,7 @@ import worth
 SEEDS = 2
 BUDGETS = (1, 2, 4)
 RECIPES = {  # what it changes, and the epochs for each budget
-    "paper": ({"mask_ratio": 0.75}, [2, 4, 8]),
+    "paper": ({"mask_ratio": 0.75, "decoder_depth": 2}, [2, 4, 8]),
     "cheap": ({"mask_ratio": 0.9, "decoder_depth": 1}, [3, 6, 12]),
 }
 

@@ -17,6 +17,7 @@ PRETRAIN = {
     "warmup_epochs": 3,
     "blr": 2e-3,
     "norm_pix_loss": True,
+    "decoder_depth": 1,
     "crop_scale": [0.2, 1],
     "num_workers": 1,
     "save_every": 1000,

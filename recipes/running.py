@@ -109,6 +109,9 @@ def main(description, make_cells, table, add_flags=None):
     if add_flags:
         add_flags(parser)
     args = parser.parse_args()
+    # A shell starts what runs in the background with Ctrl-C ignored, and jobs are ended by TERM.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.default_int_handler)
     table = Table(table, make_cells(args))
     try:
         chosen = choose(table, args.only)

@@ -25,7 +25,7 @@ def make_cell(table, name, source, about, seed, changes):
     labelled = folders.with_labels("cifar10", source, PERCENT, seed)
     encoder = out / "pretrain" / "encoder.safetensors"
     pretrain = settings.pretrain | {"model": "mae_vit_nano_patch4", "data_path": all_images}
-    pretrain |= {"batch_size": 128, "warmup_epochs": 0.5, "knn_every": 0, "seed": seed}
+    pretrain |= {"warmup_epochs": 0.5, "knn_every": 0, "seed": seed}
     pretrain |= changes | {"output_dir": encoder.parent}
     classify = settings.classify | {"model": "vit_nano_patch4", "seed": seed, "finetune": encoder}
     classify |= {"data_path": labelled, "epochs": CLASSIFIER_EPOCHS}

@@ -126,8 +126,9 @@ def test_a_name_that_no_cell_has_is_refused():
         run([Cell("a", [log("a")], {})], only=["b"])
 
 
-def test_an_interrupted_cell_goes_on_and_its_times_are_added(tmp_path):
-    """Ctrl-C reaches the command, which ends as ours do; the second call finishes it."""
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_cell_goes_on_and_its_times_are_added(tmp_path, sent):
+    """The command hears of Ctrl-C and ends as ours do; the second call finishes it."""
     program = tmp_path / "table.py"
     program.write_text(
         textwrap.dedent(
@@ -160,7 +161,7 @@ def test_an_interrupted_cell_goes_on_and_its_times_are_added(tmp_path):
         assert process.poll() is None
         time.sleep(0.05)
     time.sleep(0.2)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(sent)
     _, said = process.communicate(timeout=30)
     assert process.returncode == 130
     assert said == "interrupted: the same command goes on\n"
