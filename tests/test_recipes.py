@@ -343,8 +343,8 @@ def test_other_images_from_statistics_to_a_classifier(record, tmp_path, name, ba
         else:
             np.save(folder / f"{number}.npy", image)
     script = RECIPES / "domain" / f"{name}.sh"
-    small = {"MODEL": "nano_patch4", "SIZE": 16, "EPOCHS": 2, "FINETUNE_EPOCHS": 1, "BATCH": 4}
-    more = "--num_workers 0 --device cpu --amp off --warmup_epochs 0"
+    small = {"MODEL": "nano_patch4", "SIZE": 16, "EPOCHS": 2, "FINETUNE_EPOCHS": 1}
+    more = "--batch_size 4 --num_workers 0 --device cpu --amp off --warmup_epochs 0"
     done, calls = record(script, **small, CLASSES=2, FLAGS=more)
     assert "stats.json" in done.stderr, "the recorder writes none"
     (stats,) = calls

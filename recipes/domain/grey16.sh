@@ -4,9 +4,9 @@
 #   DATA=SCANS OUT=DIR bash recipes/domain/grey16.sh               # SCANS/train/..., no labels
 #   DATA=SCANS OUT=DIR CLASSES=2 bash recipes/domain/grey16.sh     # SCANS/{train,val}/CLASS/...
 #
-# Files are PNG, TIFF or .npy of one band. EPOCHS (200), MODEL (small_patch16), SIZE (224) and
-# BATCH (64) may be given; docs/choosing.md says which. Organs have a left and a right: no flips.
-# The same command continues after an interruption. FLAGS are given to every training.
+# Files are PNG, TIFF or .npy of one band. EPOCHS (200), MODEL (small_patch16) and SIZE (224) may
+# be given; docs/choosing.md says which. Organs have a left and a right: no flips. The same command
+# continues after an interruption. FLAGS are given to every training.
 #
 # not run here on real images; tests/test_recipes.py runs it on a few small ones
 # hours: not measured here
@@ -21,7 +21,7 @@ pixels=$(python -c 'import json, sys; print(json.load(open(sys.argv[1]))["flags"
 
 run python main_pretrain.py --data_path "$DATA" --output_dir "$OUT/pretrain" $pixels \
     --model "mae_vit_$MODEL" --input_size "${SIZE:-224}" --norm_pix_loss --no_flip \
-    --batch_size "${BATCH:-64}" --epochs "$EPOCHS" --warmup_epochs $((EPOCHS / 10)) \
+    --batch_size 256 --epochs "$EPOCHS" --warmup_epochs $((EPOCHS / 10)) \
     --knn_every 10 $FLAGS
 
 run python main_visualize.py --checkpoint "$OUT/pretrain/checkpoint-last.pth" \
@@ -33,4 +33,4 @@ run python main_embed.py --checkpoint "$OUT/pretrain/encoder.safetensors" --data
 run python main_finetune.py --data_path "$DATA" --output_dir "$OUT/finetune" \
     --finetune "$OUT/pretrain/encoder.safetensors" --model "vit_$MODEL" \
     --input_size "${SIZE:-224}" --nb_classes "$CLASSES" --no_flip --aa none \
-    --batch_size "${BATCH:-64}" --epochs "${FINETUNE_EPOCHS:-50}" $FLAGS
+    --epochs "${FINETUNE_EPOCHS:-50}" $FLAGS
