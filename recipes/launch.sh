@@ -6,7 +6,8 @@
 #       bash recipes/imagenet/base.sh                             # Slurm jobs, one after another
 #
 # GPU_GB is the memory of a GPU: 24, 40 (if not given) or 80. FLAGS are given to every training,
-# such as FLAGS="--compile --num_workers 14". SLURM are flags of sbatch, see docs/clusters.md.
+# such as FLAGS="--compile --num_workers 14". SLURM are flags of sbatch, see docs/clusters.md; before
+# the same command submits its jobs again, scancel those that still wait.
 set -euo pipefail
 
 fail() { echo "error: $*" >&2; exit 2; }

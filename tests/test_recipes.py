@@ -147,6 +147,20 @@ def test_a_command_that_fails_is_a_recipes_last(record, script, tmp_path):
     assert done.stdout.count("$ python") == 1
 
 
+def test_pages_name_recipes_that_exist_and_commands_that_parse():
+    for page in (ROOT / "README.md", RECIPES / "README.md", *(ROOT / "docs").glob("*.md")):
+        for path in re.findall(r"recipes/[a-z0-9_/]+\.(?:sh|py)", page.read_text()):
+            assert (ROOT / path).exists(), f"{page} names {path}"
+    listed = (RECIPES / "README.md").read_text()
+    for path in RECIPES.glob("*.py"):
+        assert f"`{path.name}`" in listed
+    for block in re.findall(
+        r"```\n(.*?)```", (ROOT / "docs" / "choosing.md").read_text(), re.DOTALL
+    ):
+        for line in block.replace("\\\n", "").splitlines():
+            parsed(shlex.split(line, comments=True))
+
+
 # ---- on GPUs
 
 
