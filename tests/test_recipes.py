@@ -13,8 +13,11 @@ import statistics
 import subprocess
 import sys
 
+import cifar10
+import fashion_mnist
 import numpy as np
 import pytest
+import running
 from helpers import ROOT
 from PIL import Image
 
@@ -265,18 +268,12 @@ def test_part_of_the_images_is_spread_over_the_classes(record, tmp_path):
 # ---- small images
 
 
-@pytest.fixture
-def recipe(monkeypatch):
-    """Imports a script of recipes/ as it is run, with its siblings in sight."""
-    monkeypatch.syspath_prepend(RECIPES)
-    return importlib.import_module
-
-
-@pytest.mark.parametrize("table", ["cifar10", "fashion_mnist"])
-def test_small_recipes_have_the_settings_of_the_tables(record, recipe, table):
+@pytest.mark.parametrize("table", [cifar10, fashion_mnist], ids=lambda table: table.__name__)
+def test_small_recipes_have_the_settings_of_the_tables(record, table):
     """Those of the nano model with all labels: all flags but paths, and what changes no result."""
-    settings = recipe(table).SETTINGS
-    pretrain, finetune, _, probe, _, _ = commands(record(RECIPES / "small" / f"{table}.sh"))
+    settings = table.SETTINGS
+    script = RECIPES / "small" / f"{table.__name__}.sh"
+    pretrain, finetune, _, probe, _, _ = commands(record(script))
     classify = settings.classify | {"model": "vit_nano_patch4", "data_path": "any"}
     encoder = {"finetune": "any"}
     for (module, args, _), expected in (
@@ -285,7 +282,7 @@ def test_small_recipes_have_the_settings_of_the_tables(record, recipe, table):
         (probe, classify | settings.probe | {"epochs": settings.probe_epochs[100]} | encoder),
     ):
         parser = module.get_args_parser()
-        words = recipe("running").flags(expected)
+        words = running.flags(expected)
         assert flags.fixed(parser, vars(args)) == flags.fixed(
             parser, vars(parser.parse_args(words))
         )
