@@ -86,9 +86,9 @@ def draw(chart):
     rows = chart["rows"]
     columns = len(rows[0])
     figure = Figure(figsize=(3.4 * columns, 2.9 * len(rows) + 0.4), layout="constrained")
-    places = figure.subplots(len(rows), columns, squeeze=False)
+    grid = figure.subplots(len(rows), columns, squeeze=False)
     handles = {}
-    for axes, panel in zip(places.flat, (p for row in rows for p in row), strict=True):
+    for axes, panel in zip(grid.flat, (p for row in rows for p in row), strict=True):
         if panel is None:
             axes.remove()
             continue
@@ -98,6 +98,7 @@ def draw(chart):
         if "ticks" in panel:
             places, names = zip(*panel["ticks"], strict=True)
             axes.set_xticks(places, names)
+            # Also those without a point, so that panels of one picture have the same x.
             axes.update_datalim([(place, panel["lines"][0]["y"][0]) for place in places])
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
@@ -118,12 +119,10 @@ def widen(axes):
 
 def draw_line(axes, line, style):
     """Draw a line and its seeds; returns what stands for it in the legend."""
-    many = len(line["x"]) > 30
-    marker = "" if many else style["marker"]
     if points := line.get("points"):
-        hollow = style | {"marker": style["marker"], "linestyle": "", "markerfacecolor": "none"}
+        hollow = style | {"linestyle": "", "markerfacecolor": "none"}
         axes.plot(*zip(*points, strict=True), **hollow, markersize=7, alpha=0.7)
-    (drawn,) = axes.plot(
-        line["x"], line["y"], **(style | {"marker": marker}), markersize=4, linewidth=1.5
-    )
+    if len(line["x"]) > 30:
+        style = style | {"marker": ""}
+    (drawn,) = axes.plot(line["x"], line["y"], **style, markersize=4, linewidth=1.5)
     return drawn

@@ -50,7 +50,7 @@ TABLES = {
         fashion_mnist.SETTINGS,
         ["nano"],
         "make results-small",
-        "The bundled images, 8,000 for training and 2,000 held out, of 28 x 28 pixels, in patches "
+        "the bundled images, 8,000 for training and 2,000 held out, of 28 x 28 pixels, in patches "
         "of 4 x 4. Nothing is downloaded.",
     ),
 }
@@ -138,9 +138,10 @@ the draw of the labels."""
 ABLATIONS_INTRODUCTION = f"""## The paper's ablations, in miniature
 
 {WORTH} Pre-training takes {ablations.EPOCHS} epochs, and there are {ablations.SEEDS} seeds. One
-setting changes at a time. The others are: mask ratio {BASE["mask_ratio"]}, {BASE["decoder_depth"]}
-decoder blocks, {BASE["target"]} pixels. All results are here, whatever they say. The paper's
-figures are those of ViT-L on ImageNet (arXiv 2111.06377): compare the shapes, not the numbers.
+setting changes at a time. The others are: mask ratio {BASE["mask_ratio"]}, decoder depth
+{BASE["decoder_depth"]}, {BASE["target"]} pixels. All results are here, whatever they say. The
+paper's figures are those of ViT-L on ImageNet (arXiv 2111.06377): compare the shapes, not the
+numbers.
 
 """
 PAPER_SAYS = {
@@ -360,9 +361,9 @@ def transfer_section(table):
     text += f", but {' and '.join(repeated)}. " if repeated else ". "
     held_out = folders.WATCHED * settings.classify["nb_classes"]
     text += (
-        f"The picture's losses and accuracy are those on {held_out} held-out images, and at most "
-        f"{settings.pretrain['knn_images']:,} labelled images are the neighbours: its k-NN is "
-        "coarser than the table's.\n\n"
+        f"A picture's held-out figures are those of {held_out} images, and its k-NN has "
+        f"at most {settings.pretrain['knn_images']:,} labelled ones to choose from: it is coarser "
+        "than the table's.\n\n"
     )
     if table == "cifar10":
         text += "Published neighbours, theirs and not ours, with other models and budgets.\n\n"

@@ -118,26 +118,6 @@ def test_every_model_is_in_the_table():
 
 
 @pytest.mark.parametrize(
-    "task, model, batch_size, card, way",
-    [
-        ("pretrain", "mae_vit_base_patch16", 256, "24", "plain"),
-        ("pretrain", "mae_vit_base_patch16", 1024, "80", "plain"),
-        ("pretrain", "mae_vit_large_patch16", 256, "40", "plain"),
-        ("pretrain", "mae_vit_large_patch16", 512, "80", "plain"),
-        ("pretrain", "mae_vit_huge_patch14", 64, "40", "plain"),
-        ("finetune", "vit_base_patch16", 32, "16", "plain"),
-        ("finetune", "vit_large_patch16", 32, "16", "plain"),
-        ("finetune", "vit_huge_patch14", 32, "40", "plain"),
-        ("finetune", "vit_huge_patch14", 32, "24", "grad_checkpointing"),
-        ("finetune", "vit_huge_patch14", 128, "80", "plain"),
-    ],
-)
-def test_batches_of_the_recipes_fit(task, model, batch_size, card, way):
-    """Those of docs/pretraining.md and docs/finetuning.md, and the cards named there."""
-    assert batch_size <= RESULTS[task][model][way]["largest_batch"][card]
-
-
-@pytest.mark.parametrize(
     "card_gib, images",
     [(25, 2048), (3.2, 64), (2.5, 24), (1.5, 0), (1000, 4096)],
 )

@@ -259,7 +259,7 @@ def test_where_pre_training_does_not_pay_is_said(finetuned, said, project):
     assert "is ahead in every" not in text
 
 
-def test_the_base_setting_is_that_of_the_pre_trainings():
+def test_a_setting_that_is_not_given_is_the_command_s():
     args = main_pretrain.get_args_parser().parse_args(["--data_path", "images"])
     nano = models_mae.MODELS["mae_vit_nano_patch4"](img_size=32)
     assert {"mask_ratio": args.mask_ratio, "decoder_depth": len(nano.decoder_blocks)} == (
@@ -267,7 +267,9 @@ def test_the_base_setting_is_that_of_the_pre_trainings():
     )
 
 
-def test_ablations_by_hand(project):
+def test_ablations_by_hand(project, monkeypatch):
+    base = {"mask_ratio": 0.75, "decoder_depth": 2, "target": "normalised"}
+    monkeypatch.setattr(table, "BASE", base)
     project("ablations", ablation_cells())
     text, charts = table.ablations_section()
     assert rows_of(text, "mask ratio") == {

@@ -1,0 +1,37 @@
+#!/usr/bin/env bash
+# CIFAR-10 on one CPU core, or a GPU: pre-train, fine-tune, probe, evaluate, features. The settings
+# are those of recipes/cifar10.py, which compares them with training from scratch.
+#
+#   DATA=CIFAR10 OUT=DIR bash recipes/small/cifar10.sh
+#
+# CIFAR10 holds train/CLASS/*.png and val/CLASS/*.png. The same command continues after an
+# interruption. FLAGS are given to every training.
+#
+# measured: not run
+source "$(dirname "${BASH_SOURCE[0]}")/../launch.sh"
+
+run python main_pretrain.py --data_path "$DATA" --output_dir "$OUT/pretrain" \
+    --model mae_vit_nano_patch4 --input_size 32 --norm_pix_loss --crop_scale 0.2 1 \
+    --batch_size 256 --epochs 100 --warmup_epochs 5 --blr 1e-3 --knn_every 10 --knn_images 5000 \
+    $FLAGS
+
+run python main_finetune.py --data_path "$DATA" --output_dir "$OUT/finetune" \
+    --model vit_nano_patch4 --nb_classes 10 --input_size 32 \
+    --finetune "$OUT/pretrain/encoder.safetensors" \
+    --batch_size 128 --epochs 10 --warmup_epochs 1 --lr 1e-3 --layer_decay 0.75 \
+    --crop_scale 0.5 1 --aa none --reprob 0 --drop_path 0 $FLAGS
+run python main_finetune.py --data_path "$DATA" --output_dir "$OUT/finetune" \
+    --model vit_nano_patch4 --nb_classes 10 --input_size 32 \
+    --eval --resume "$OUT/finetune/checkpoint-last.pth"
+
+run python main_linprobe.py --data_path "$DATA" --output_dir "$OUT/probe" \
+    --model vit_nano_patch4 --nb_classes 10 --input_size 32 --global_pool \
+    --finetune "$OUT/pretrain/encoder.safetensors" \
+    --batch_size 128 --epochs 10 --warmup_epochs 1 --lr 10 --crop_scale 0.5 1 $FLAGS
+run python main_linprobe.py --data_path "$DATA" --output_dir "$OUT/probe" \
+    --model vit_nano_patch4 --nb_classes 10 --input_size 32 --global_pool \
+    --finetune "$OUT/pretrain/encoder.safetensors" \
+    --eval --resume "$OUT/probe/checkpoint-last.pth"
+
+run python main_embed.py --checkpoint "$OUT/pretrain/encoder.safetensors" --data_path "$DATA" \
+    --output "$OUT/features.npz"

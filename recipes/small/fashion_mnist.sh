@@ -1,0 +1,41 @@
+#!/usr/bin/env bash
+# The bundled 10,000 images of Fashion-MNIST on one CPU core: pre-train, fine-tune, probe, evaluate,
+# features. The settings are those of recipes/fashion_mnist.py, which compares them with training
+# from scratch.
+#
+#   OUT=DIR bash recipes/small/fashion_mnist.sh
+#
+# The same command continues after an interruption. FLAGS are given to every training.
+#
+# measured: not run
+DATA=${DATA:-$(dirname "${BASH_SOURCE[0]}")/../../demo/fashion_mnist}
+mkdir -p "$DATA"
+source "$(dirname "${BASH_SOURCE[0]}")/../launch.sh"
+
+run python demo/unpack.py "$DATA"
+
+run python main_pretrain.py --data_path "$DATA" --output_dir "$OUT/pretrain" \
+    --model mae_vit_nano_patch4 --input_size 28 --norm_pix_loss --crop_scale 0.2 1 \
+    --batch_size 128 --epochs 30 --warmup_epochs 3 --blr 2e-3 --knn_every 5 --knn_images 2000 \
+    $FLAGS
+
+run python main_finetune.py --data_path "$DATA" --output_dir "$OUT/finetune" \
+    --model vit_nano_patch4 --nb_classes 10 --input_size 28 \
+    --finetune "$OUT/pretrain/encoder.safetensors" \
+    --batch_size 64 --epochs 8 --warmup_epochs 1 --lr 1e-3 --layer_decay 0.75 \
+    --crop_scale 0.5 1 --aa none --reprob 0 --drop_path 0 $FLAGS
+run python main_finetune.py --data_path "$DATA" --output_dir "$OUT/finetune" \
+    --model vit_nano_patch4 --nb_classes 10 --input_size 28 \
+    --eval --resume "$OUT/finetune/checkpoint-last.pth"
+
+run python main_linprobe.py --data_path "$DATA" --output_dir "$OUT/probe" \
+    --model vit_nano_patch4 --nb_classes 10 --input_size 28 --global_pool \
+    --finetune "$OUT/pretrain/encoder.safetensors" \
+    --batch_size 64 --epochs 10 --warmup_epochs 1 --lr 10 --crop_scale 0.5 1 $FLAGS
+run python main_linprobe.py --data_path "$DATA" --output_dir "$OUT/probe" \
+    --model vit_nano_patch4 --nb_classes 10 --input_size 28 --global_pool \
+    --finetune "$OUT/pretrain/encoder.safetensors" \
+    --eval --resume "$OUT/probe/checkpoint-last.pth"
+
+run python main_embed.py --checkpoint "$OUT/pretrain/encoder.safetensors" --data_path "$DATA" \
+    --output "$OUT/features.npz"
