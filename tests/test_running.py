@@ -8,6 +8,7 @@ import sys
 import textwrap
 import time
 
+import cifar10_folder
 import folders
 import knn
 import numpy as np
@@ -15,6 +16,7 @@ import pytest
 import running
 import transfer
 from helpers import ROOT, write_images
+from PIL import Image
 from running import Cell
 
 from util.errors import UserError
@@ -261,3 +263,32 @@ def test_long_training_costs_what_pretraining_and_finetuning_cost():
     assert transfer.long_epochs(settings, 100) == 80
     assert transfer.long_epochs(settings, 10) == 730
     assert transfer.long_epochs(settings, 1) == 730
+
+
+def test_cifar10_becomes_an_image_folder(tmp_path, monkeypatch, capsys):
+    random = np.random.default_rng(0)
+
+    class Archive:
+        classes = ("cat", "dog")
+
+        def __init__(self, root, train, download):
+            self.data = random.integers(0, 256, (4, 32, 32, 3), dtype=np.uint8)
+            self.targets = [0, 1, 1, 0]
+            made.append(self)
+
+    made = []
+    monkeypatch.setattr(cifar10_folder, "CIFAR10", Archive)
+    monkeypatch.setattr(sys, "argv", ["cifar10_folder.py", str(tmp_path / "out")])
+    cifar10_folder.main()
+    for part, images in zip(("train", "val"), made, strict=True):
+        for number, name in enumerate(("cat", "dog", "dog", "cat")):
+            pixels = Image.open(tmp_path / "out" / part / name / f"0000{number}.png")
+            assert (np.asarray(pixels) == images.data[number]).all()
+
+    def without_network(*_, **__):
+        raise OSError("no network")
+
+    monkeypatch.setattr(cifar10_folder, "CIFAR10", without_network)
+    with pytest.raises(SystemExit, match="2"):
+        cifar10_folder.main()
+    assert "can't be downloaded (no network): put cifar-10-python" in capsys.readouterr().err
