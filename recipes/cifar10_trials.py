@@ -72,6 +72,7 @@ CLASSIFIERS = {
     },
     "probe": {"lr3": {"lr": 3}, "lr10": {"lr": 10}, "lr30": {"lr": 30}},
 }
+CHOSEN = {"pretrain-batch128", "pretrain-decoder1"}  # cells whose changes recipes/cifar10.py has
 
 
 def make_cells(args):

@@ -1,10 +1,12 @@
-"""Make docs/results.md, its pictures and the README's table from the JSON files in recipes/results.
+"""Make docs/results.md, its pictures, the README's table and what recipes/small tells from the JSON
+files in recipes/results.
 
 python recipes/table.py            # writes them; only pictures of new data need matplotlib
 python recipes/table.py --check    # says which of them isn't what the JSON files make
 """
 
 import argparse
+import re
 import sys
 import textwrap
 from statistics import mean
@@ -27,6 +29,7 @@ from util.errors import UserError
 
 PAGE = running.ROOT / "docs" / "results.md"
 README = running.ROOT / "README.md"
+SMALL = running.ROOT / "recipes" / "small"  # TABLE.sh are a table's commands with all labels
 START, END = "<!-- results -->\n", "<!-- /results -->\n"
 WIDTH = 120
 
@@ -186,6 +189,7 @@ def main():
             PAGE: text,
             README: put_between(README.read_text(), START, END, readme_section()),
         }
+        pages |= {path: script(path) for path in sorted(SMALL.glob("*.sh"))}
         if args.check:
             wrong = [path for path, made in pages.items() if content(path) != made]
             wrong += plots.stale(charts)
@@ -375,19 +379,20 @@ def transfer_section(table):
 def transfer_table(table, model, cells):
     """A model's tables and picture."""
     title, settings, *_ = TABLES[table]
+    heading = f"### {title}, {model}\n\n" + accuracy_table(cells, model, plots.ACCURACY) + "\n"
+    if not figures.select(cells, model=model):
+        return heading, []
     pretrained = figures.select(cells, what="pretrain", model=model)
     hours = figures.core_hours(pretrained)
     picture, charts = shown(curve_chart(table, model, pretrained), pretrained)
     parts = [
-        f"### {title}, {model}\n",
-        accuracy_table(cells, model, plots.ACCURACY),
         cost_table(cells, model),
         f"Pre-training, {settings.pretrain['epochs']} epochs: "
         + (f"{duration(hours)}.\n" if pretrained else f"{figures.NOT_RUN}.\n"),
         f"#### Where it does not pay: {title}, {model}\n",
         pays(cells, model) + picture,
     ]
-    return "\n".join(parts) + "\n", charts
+    return heading + "\n".join(parts) + "\n", charts
 
 
 def readme_section():
@@ -396,6 +401,26 @@ def readme_section():
         + "\n*Mean ± standard deviation over n seeds: `python recipes/cifar10.py`, "
         + "see [docs/results.md](docs/results.md).*\n"
     )
+
+
+def script(path):
+    """A script of recipes/small with what its table measured, as comments."""
+    told = "".join(f"# measured: {line}\n" for line in measured_lines(figures.read(path.stem)))
+    return re.sub(r"(^# measured: .*\n)+", lambda _: told, path.read_text(), flags=re.MULTILINE)
+
+
+def measured_lines(cells):
+    """What the nano model's commands with all labels lead to, and how long they take."""
+    lines = []
+    for what, label in ROWS.items():
+        if not what.startswith("scratch"):
+            found, expected = accuracies(cells, "nano", what, 100)
+            lines += [f"{label}: {figures.mean_and_std(found, expected)}"] if found else []
+    for what, label in (("pretrain", "pre-training"), ("finetune", "fine-tuning")):
+        about = {"labels": 100} if what == "finetune" else {}
+        found = figures.select(cells, what=what, model="nano", **about)
+        lines += [f"{duration(figures.core_hours(found))} of one core for {label}"] if found else []
+    return lines or [figures.NOT_RUN]
 
 
 # ---- ablations and the cheap recipe
@@ -579,7 +604,7 @@ def trial_figures(cell):
         neighbours,
         f"{figures.evaluated(cell):.1f}",
         f"{cell['cpu_s'] / 60:.1f}",
-        "chosen" if cell["about"].get("chosen") else "",
+        "chosen" if cell["cell"] in cifar10_trials.CHOSEN else "",
     ]
 
 

@@ -9,7 +9,6 @@ import json
 import os
 import re
 import shlex
-import statistics
 import subprocess
 import sys
 
@@ -286,56 +285,6 @@ def test_small_recipes_have_the_settings_of_the_tables(record, table):
         assert flags.fixed(parser, vars(args)) == flags.fixed(
             parser, vars(parser.parse_args(words))
         )
-
-
-# {what a line `# measured: ...` says: (the cells, the figure in a cell's JSON)}
-MEASURED = {
-    "% fine-tuned": (
-        "nano-finetune-100-seed*",
-        lambda r: r["outputs"]["eval/eval.json"]["test_acc1"],
-    ),
-    "% linear probe": (
-        "nano-probe-100-seed*",
-        lambda r: r["outputs"]["eval/eval.json"]["test_acc1"],
-    ),
-    "% k-NN": ("nano-knn", lambda r: r["outputs"]["knn.json"]["100"][0]),
-    " core-hours of pre-training": ("nano-pretrain", lambda r: r["cpu_s"] / 3600),
-    " core-hours of fine-tuning": ("nano-finetune-100-seed*", lambda r: r["cpu_s"] / 3600),
-}
-
-
-def measured_lines(results):
-    """The lines `# measured: ...` that a table's JSON files make: mean and deviation over seeds."""
-    lines = []
-    for what, (cells, figure) in MEASURED.items():
-        values = [
-            figure(json.loads(path.read_text())) for path in sorted(results.glob(f"{cells}.json"))
-        ]
-        if values:
-            spread = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
-            lines.append(f"# measured: {statistics.mean(values):.1f}{spread}{what}")
-    return lines or ["# measured: not run"]
-
-
-@pytest.mark.parametrize("table", ["cifar10", "fashion_mnist"])
-def test_small_recipes_tell_what_was_measured(table):
-    script = (RECIPES / "small" / f"{table}.sh").read_text()
-    expected = measured_lines(RECIPES / "results" / table)
-    assert re.findall("^# measured: .*$", script, re.MULTILINE) == expected
-
-
-def test_measured_lines_by_hand(tmp_path):
-    assert measured_lines(tmp_path) == ["# measured: not run"]
-    for seed, accuracy in enumerate((80.0, 81.0, 82.0)):
-        record = {"outputs": {"eval/eval.json": {"test_acc1": accuracy}}, "cpu_s": 3600}
-        (tmp_path / f"nano-finetune-100-seed{seed}.json").write_text(json.dumps(record))
-    knn = {"outputs": {"knn.json": {"100": [45.67]}}}
-    (tmp_path / "nano-knn.json").write_text(json.dumps(knn))
-    assert measured_lines(tmp_path) == [
-        "# measured: 81.0 ± 1.0% fine-tuned",
-        "# measured: 45.7% k-NN",
-        "# measured: 1.0 ± 0.0 core-hours of fine-tuning",
-    ]
 
 
 # ---- other domains

@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 
+import cifar10_trials
 import figures
 import numpy as np
 import plots
@@ -98,7 +99,7 @@ def trial_cells():
     logs = {"pretrain/log.txt": LOG}
     return {
         "pretrain-raw": cell({"kind": "pretrain"}, cpu_s=90, eval=44.44, **logs),
-        "scratch-lr2e-3": cell({"kind": "scratch", "chosen": True}, eval=33.0),
+        "scratch-lr2e-3": cell({"kind": "scratch"}, eval=33.0),
     }
 
 
@@ -110,6 +111,7 @@ def project(tmp_path, monkeypatch):
     monkeypatch.setattr(plots, "FOLDER", tmp_path / "docs" / "images" / "results")
     monkeypatch.setattr(table, "PAGE", tmp_path / "docs" / "results.md")
     monkeypatch.setattr(table, "README", tmp_path / "README.md")
+    monkeypatch.setattr(table, "SMALL", tmp_path / "recipes" / "small")
     table.README.write_text(f"before\n{table.START}old\n{table.END}after\n")
 
     def add(name, cells):
@@ -212,8 +214,8 @@ def test_cells_that_were_not_run_say_so(project):
     text, charts = table.page()
     assert charts == []
     assert "![" not in text
-    for what in ("accuracy (%)", "epochs; time"):
-        assert rows_of(text, what) == {row: ["not run"] * 3 for row in table.ROWS.values()}
+    rows = {row: ["not run"] * 3 for row in table.ROWS.values()}
+    assert rows_of(text, "accuracy (%)") == rows
     assert text.count("No cell was run.") == 5
     assert rows_of(text, "decoder blocks")["2"] == ["not run"] * 4 + ["70.0", "84.9"]
 
@@ -315,13 +317,37 @@ def test_the_cheap_recipe_by_hand(project):
     ]
 
 
-def test_trials_by_hand(project):
+def test_trials_by_hand(project, monkeypatch):
+    monkeypatch.setattr(cifar10_trials, "CHOSEN", {"scratch-lr2e-3"})
     project("cifar10_trials", trial_cells())
     text, _ = table.trials_section()
     lines = text.splitlines()
     assert "| pre-training | no `--norm_pix_loss` | 61.5 | 44.4 | 1.5 |  |" in lines
     assert "| pre-training | `--crop_scale 0.5 1` | not run |  |  |  |" in lines
     assert "| from scratch | `--lr 0.002` |  | 33.0 | 60.0 | chosen |" in lines
+
+
+def test_small_scripts_tell_what_was_measured(project, tmp_path):
+    path = tmp_path / "fashion_mnist.sh"
+    path.write_text("# before\n# measured: a\n# measured: b\nrun\n")
+    assert table.script(path) == "# before\n# measured: not run\nrun\n"
+    accuracies = {f"nano-finetune-100-seed{seed}": 80.0 + seed for seed in range(3)}
+    about = {"what": "finetune", "model": "nano", "labels": 100}
+    cells = {
+        name: cell(about, seed, 5400, eval=accuracy)
+        for seed, (name, accuracy) in enumerate(accuracies.items())
+    }
+    knn = cell({"what": "knn", "model": "nano"}, knn={"100": [45.67]})
+    pretrained = cell({"what": "pretrain", "model": "nano"}, cpu_s=600)
+    project("fashion_mnist", cells | {"nano-knn": knn, "nano-pretrain": pretrained})
+    assert table.script(path).splitlines() == [
+        "# before",
+        "# measured: MAE, fine-tuned: 81.0 ± 1.0, n = 3",
+        "# measured: MAE, k-NN (frozen): 45.7, n = 1",
+        "# measured: 10.0 min of one core for pre-training",
+        "# measured: 1.5 h of one core for fine-tuning",
+        "run",
+    ]
 
 
 def test_several_origins_are_counted_and_lost_times_said():
