@@ -1,0 +1,84 @@
+"""Training is what it was: the first steps of the recipes lose what tests/golden says they lost.
+
+The losses were found by the code of their time, so they prove no figure right. They show that a
+change meant to leave training alone does so. What such a change is to do about them is in
+CONTRIBUTING.md.
+"""
+
+import json
+import platform
+from types import SimpleNamespace
+
+import pytest
+import torch
+from helpers import CPU
+
+from benchmarks import golden
+
+STEPS = 20  # an epoch has 17
+
+
+@pytest.mark.parametrize("dtype", golden.AMP)
+@pytest.mark.parametrize("recipe", golden.RECIPES)
+def test_first_steps_lose_what_they_did(recipe, dtype):
+    if dtype == "bf16" and platform.machine() not in ("x86_64", "AMD64"):
+        pytest.skip("the spread of bf16 is that of x86 processors")
+    curve = golden.read(CPU, dtype)[recipe]
+    losses, _ = golden.train(recipe, dtype, "cpu", steps=STEPS)
+    assert len(losses) == STEPS
+    departure = golden.departure(losses, curve["losses"])
+    assert departure <= golden.tolerance(curve), "training is not what it was: see CONTRIBUTING.md"
+
+
+@pytest.mark.parametrize("path", sorted(golden.FOLDER.glob("*.json")), ids=lambda path: path.name)
+def test_files_are_of_today_s_recipes(path):
+    dtype = path.stem.rpartition("_")[2]
+    curves = json.loads(path.read_text())["curves"]
+    commands = {recipe: curve["command"] for recipe, curve in curves.items()}
+    assert commands == {recipe: golden.command(recipe, dtype) for recipe in golden.RECIPES}
+    for curve in curves.values():
+        assert [len(curve[name]) for name in ("losses", "epochs")] == [golden.STEPS, 3]
+        if path.name == "cpu_float32.json":
+            assert golden.tolerance(curve) == 1e-4
+
+
+def test_a_gpu_gets_files_once_and_is_checked_from_then_on(monkeypatch, tmp_path, capsys):
+    runs = [
+        {"float32": 1, "bf16": 1},
+        {"float32": 1.00001, "bf16": 1.002},
+        {"float32": 1, "bf16": 0.999},
+        # The files are made of these three, and compared with the next two.
+        {"float32": 1.00009, "bf16": 0.9971},
+        {"float32": 1.00011, "bf16": 1.0031},
+    ]
+    rates = iter(runs)
+
+    def train_all(device, types):
+        rate = next(rates)
+        return {t: {r: ([rate[t]] * 51, [rate[t]] * 3) for r in golden.RECIPES} for t in types}
+
+    monkeypatch.setattr(golden, "FOLDER", tmp_path)
+    monkeypatch.setattr(golden, "train_all", train_all)
+    monkeypatch.setattr(golden, "select_device", torch.device)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: "A GPU of 80 GB")
+    args = SimpleNamespace(device="cuda", remake=False)
+
+    golden.main(args)
+    names = [path.name for path in sorted(tmp_path.iterdir())]
+    assert names == ["a_gpu_of_80_gb_bf16.json", "a_gpu_of_80_gb_float32.json"]
+    curve = json.loads((tmp_path / names[0]).read_text())["curves"]["pretrain"]
+    assert curve["spread"] == 0.003
+    assert curve["reruns"] == {"repetition 1": 0.002, "repetition 2": 0.001}
+
+    golden.main(args)  # within 1e-4, or within the spread
+    with pytest.raises(SystemExit) as stopped:
+        golden.main(args)
+    _, *bent = stopped.value.code.splitlines()
+    assert len(bent) == 2 * 2 * len(golden.RECIPES)
+    assert bent[0] == "  pretrain in float32: losses are 1.1e-04 off, 1.0e-04 is allowed"
+
+
+@pytest.mark.parametrize("losses", [[1, 2.0003], [1, float("nan")], [1, float("inf")]])
+def test_a_loss_that_is_off_shows(losses):
+    assert not golden.departure(losses, [1, 2, 3]) <= 1e-4
