@@ -89,7 +89,8 @@ def main(args):
     kept = [dtype for dtype in types if dtype not in missing]
     if missing:
         make(device, missing)
-    if bent := check(device, kept):
+    bent = check(device, kept) if kept else []
+    if bent:
         sys.exit("\n  ".join(["training is not what it was, see CONTRIBUTING.md:", *bent]))
 
 
