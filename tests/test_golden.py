@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from helpers import CPU
+from packaging.version import parse
 
 from benchmarks import golden, report
 
@@ -29,14 +30,29 @@ def instructions(hardware):
     return next((name for flag, name in INSTRUCTIONS.items() if flag in words), "none of x86's")
 
 
+def why_another(recipe, dtype, contents):
+    """Why a curve may be another one here than in a golden file; "" if it must be the same."""
+    own, its = report.versions(), contents["versions"]
+    # 1.0.12 cuts mixed rectangles with another rounding than 1.0.31, and the first loss is 9% off.
+    if recipe == "finetune" and parse(own["timm"]) < parse(its["timm"]):
+        return f"timm {own['timm']} mixes images in another way than {its['timm']}"
+    if dtype == "float32":
+        return ""
+    if parse(own["torch"]) < parse(its["torch"]):  # 2.6 is 8.5e-4 off
+        return f"bf16 is rounded elsewhere in torch {own['torch']} than in {its['torch']}"
+    has, known = instructions(report.hardware()), instructions(contents["hardware"])
+    if has not in {known, *contents["curves"][recipe]["reruns"]}:
+        return f"the spread of bf16 is of no run with the instructions here: {has}"
+    return ""
+
+
 @pytest.mark.parametrize("dtype", golden.AMP)
 @pytest.mark.parametrize("recipe", golden.RECIPES)
 def test_first_steps_lose_what_they_did(recipe, dtype):
     contents = json.loads(golden.file(CPU, dtype).read_text())
+    if reason := why_another(recipe, dtype, contents):
+        pytest.skip(reason)
     curve = contents["curves"][recipe]
-    own = instructions(report.hardware())
-    if dtype == "bf16" and own not in {instructions(contents["hardware"]), *curve["reruns"]}:
-        pytest.skip(f"the spread of bf16 is of no run with the instructions here: {own}")
     losses, _ = golden.train(recipe, dtype, "cpu", steps=golden.FIRST)
     assert len(losses) == golden.FIRST
     departure = golden.departure(losses, curve["losses"])
