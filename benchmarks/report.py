@@ -50,12 +50,8 @@ def on(device):
 
 def write(name, results, **settings):
     """Write benchmarks/results/NAME.json: results, and what they were measured with and on."""
-    module = f"benchmarks.{Path(sys.argv[0]).stem}"
     report = {
-        "command": shlex.join(["python", "-m", module, *sys.argv[1:]]),
-        "commit": COMMIT,
-        "hardware": hardware(),
-        "versions": {"python": platform.python_version()} | versions(),
+        **about(),
         **settings,
         "results": results,
     }
@@ -66,6 +62,17 @@ def write(name, results, **settings):
         raise UserError(f"{path} can't be written: {error.strerror}") from error
     print(f"written to {path}")
     return report
+
+
+def about():
+    """What a benchmark's results were made with and on."""
+    module = f"benchmarks.{Path(sys.argv[0]).stem}"
+    return {
+        "command": shlex.join(["python", "-m", module, *sys.argv[1:]]),
+        "commit": COMMIT,
+        "hardware": hardware(),
+        "versions": {"python": platform.python_version()} | versions(),
+    }
 
 
 def take_turns(sides, rounds, may_fail=False):

@@ -17,6 +17,7 @@ from torch import nn
 
 from benchmarks import (
     data_loading,
+    golden,
     gpu,
     load,
     report,
@@ -566,11 +567,12 @@ def test_a_part_has_its_time(part, seconds, outcome, capfd):
     ],
 )
 def test_parts_fit_the_card(gib, batches, without_all_sides):
-    tests, *tables, loader, whole_run_ = gpu.parts(gib)
+    tests, golden_, *tables, loader, whole_run_ = gpu.parts(gib)
     parse = train_step.get_args_parser().parse_args
     flags = [parse(part.split()[1:]) for part in tables]
     assert [args.batch_size for args in flags] == batches
     assert sum(args.sides is not None for args in flags) == without_all_sides
     assert (ROOT / tests.split()[1]).exists()
+    golden.get_args_parser().parse_args(golden_.split()[1:])
     data_loading.get_args_parser().parse_args(loader.split()[1:])
     whole_run.get_args_parser().parse_args(whole_run_.split()[1:])
