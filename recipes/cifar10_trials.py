@@ -70,9 +70,10 @@ CLASSIFIERS = {
         "crop20": {"crop_scale": [0.2, 1]},
         "policy": {"aa": "rand-m9-mstd0.5-inc1"},
     },
-    "probe": {"lr3": {"lr": 3}, "lr10": {"lr": 10}, "lr30": {"lr": 30}},
+    "probe": {"lr3": {"lr": 3}, "lr10": {"lr": 10}, "lr30": {"lr": 30}, "lr100": {"lr": 100}},
 }
-CHOSEN = {"pretrain-batch128", "pretrain-decoder1"}  # cells whose changes recipes/cifar10.py has
+# Cells whose changes recipes/cifar10.py has.
+CHOSEN = {"pretrain-batch128", "pretrain-decoder1", "finetune-lr2e-3", "scratch-lr5e-4"}
 
 
 def make_cells(args):

@@ -38,13 +38,13 @@ AUGMENT = {"crop_scale": [0.5, 1], "aa": "none", "reprob": 0, "drop_path": 0}
 SETTINGS = transfer.Settings(
     pretrain=PRETRAIN,
     classify=CLASSIFY,
-    finetune=AUGMENT | {"lr": 1e-3, "layer_decay": 0.75, "warmup_epochs": 1},
-    scratch=AUGMENT | {"lr": 1e-3, "layer_decay": 1, "warmup_epochs": 1},
+    finetune=AUGMENT | {"blr": 4e-3, "layer_decay": 0.75, "warmup_epochs": 1},
+    scratch=AUGMENT | {"blr": 1e-3, "layer_decay": 1, "warmup_epochs": 1},
     probe={"crop_scale": [0.5, 1], "lr": 10, "warmup_epochs": 1},
     epochs={100: 8, 10: 30, 1: 30},
     probe_epochs={100: 10, 10: 30, 1: 30},
     copies={100: 1, 10: 1, 1: 10},
-    image_cost=0.7,
+    image_cost=0.65,
 )
 SOURCE = folders.DATA / "fashion_mnist"
 

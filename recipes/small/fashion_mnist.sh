@@ -16,13 +16,13 @@ run python demo/unpack.py "$DATA"
 
 run python main_pretrain.py --data_path "$DATA" --output_dir "$OUT/pretrain" \
     --model mae_vit_nano_patch4 --input_size 28 --norm_pix_loss --crop_scale 0.2 1 \
-    --batch_size 128 --epochs 30 --warmup_epochs 3 --blr 2e-3 --knn_every 5 --knn_images 2000 \
-    $FLAGS
+    --batch_size 128 --epochs 30 --warmup_epochs 3 --blr 2e-3 --decoder_depth 1 \
+    --knn_every 5 --knn_images 2000 $FLAGS
 
 run python main_finetune.py --data_path "$DATA" --output_dir "$OUT/finetune" \
     --model vit_nano_patch4 --nb_classes 10 --input_size 28 \
     --finetune "$OUT/pretrain/encoder.safetensors" \
-    --batch_size 64 --epochs 8 --warmup_epochs 1 --lr 1e-3 --layer_decay 0.75 \
+    --batch_size 64 --epochs 8 --warmup_epochs 1 --blr 4e-3 --layer_decay 0.75 \
     --crop_scale 0.5 1 --aa none --reprob 0 --drop_path 0 $FLAGS
 run python main_finetune.py --data_path "$DATA" --output_dir "$OUT/finetune" \
     --model vit_nano_patch4 --nb_classes 10 --input_size 28 \
