@@ -73,7 +73,13 @@ CLASSIFIERS = {
     "probe": {"lr3": {"lr": 3}, "lr10": {"lr": 10}, "lr30": {"lr": 30}, "lr100": {"lr": 100}},
 }
 # Cells whose changes recipes/cifar10.py has.
-CHOSEN = {"pretrain-batch128", "pretrain-decoder1", "finetune-lr2e-3", "scratch-lr5e-4"}
+CHOSEN = {
+    "pretrain-batch128",
+    "pretrain-decoder1",
+    "finetune-lr2e-3",
+    "scratch-lr5e-4",
+    "probe-lr30",
+}
 
 
 def make_cells(args):

@@ -27,7 +27,7 @@ run python main_finetune.py --data_path "$DATA" --output_dir "$OUT/finetune" \
 run python main_linprobe.py --data_path "$DATA" --output_dir "$OUT/probe" \
     --model vit_nano_patch4 --nb_classes 10 --input_size 32 --global_pool \
     --finetune "$OUT/pretrain/encoder.safetensors" \
-    --batch_size 128 --epochs 10 --warmup_epochs 1 --lr 10 --crop_scale 0.5 1 $FLAGS
+    --batch_size 128 --epochs 10 --warmup_epochs 1 --blr 60 --crop_scale 0.5 1 $FLAGS
 run python main_linprobe.py --data_path "$DATA" --output_dir "$OUT/probe" \
     --model vit_nano_patch4 --nb_classes 10 --input_size 32 --global_pool \
     --finetune "$OUT/pretrain/encoder.safetensors" \
