@@ -108,7 +108,7 @@ def median_and_range(values, digits=2):
     }
 
 
-def hardware():
+def hardware(threads=THREADS):
     """The CPU with its family, threads and instructions, and the GPU if there is one."""
     text = Path("/proc/cpuinfo").read_text() if sys.platform == "linux" else ""
     core = dict(re.findall(r"^(\S.*?)\s*: (.*)$", text.partition("\n\n")[0], re.MULTILINE))
@@ -116,7 +116,11 @@ def hardware():
     if "cpu family" in core:
         words += [f"family {core['cpu family']} model {core['model']}"]
     instructions = {"avx2", "avx512f", "avx512_bf16", "amx_bf16"} & {*core.get("flags", "").split()}
-    found = {"cpu": ", ".join([*words, f"{THREADS} threads", " ".join(sorted(instructions))])}
+    found = {
+        "cpu": ", ".join(
+            [*words, f"{threads} thread{'s' * (threads != 1)}", " ".join(sorted(instructions))]
+        )
+    }
     return found | ({"gpu": torch.cuda.get_device_name()} if torch.cuda.is_available() else {})
 
 

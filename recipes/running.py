@@ -230,7 +230,7 @@ class Runner:
             "commands": lines(cell),
             **attempts.totals(),
             "commit": report.COMMIT,
-            "hardware": report.hardware(),
+            "hardware": report.hardware(threads=1),
             "versions": {"python": platform.python_version()} | report.versions(),
             "outputs": collect(folder),
         }
