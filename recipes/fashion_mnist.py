@@ -13,7 +13,7 @@ import transfer
 PRETRAIN = {
     "input_size": 28,
     "batch_size": 128,
-    "epochs": 30,
+    "epochs": 24,
     "warmup_epochs": 3,
     "blr": 2e-3,
     "norm_pix_loss": True,
@@ -21,7 +21,7 @@ PRETRAIN = {
     "crop_scale": [0.2, 1],
     "num_workers": 1,
     "save_every": 1000,
-    "knn_every": 5,
+    "knn_every": 4,
     "knn_images": 2000,
     "log_every": 100,
 }
@@ -41,10 +41,10 @@ SETTINGS = transfer.Settings(
     finetune=AUGMENT | {"blr": 4e-3, "layer_decay": 0.75, "warmup_epochs": 1},
     scratch=AUGMENT | {"blr": 1e-3, "layer_decay": 1, "warmup_epochs": 1},
     probe={"crop_scale": [0.5, 1], "blr": 60, "warmup_epochs": 1},
-    epochs={100: 8, 10: 30, 1: 30},
-    probe_epochs={100: 10, 10: 30, 1: 30},
+    epochs={100: 8, 10: 20, 1: 20},
+    probe_epochs={100: 10, 10: 20, 1: 20},
     copies={100: 1, 10: 1, 1: 10},
-    image_cost=0.65,
+    image_cost=0.55,
 )
 SOURCE = folders.DATA / "fashion_mnist"
 

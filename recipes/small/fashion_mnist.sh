@@ -16,8 +16,8 @@ run python demo/unpack.py "$DATA"
 
 run python main_pretrain.py --data_path "$DATA" --output_dir "$OUT/pretrain" \
     --model mae_vit_nano_patch4 --input_size 28 --norm_pix_loss --crop_scale 0.2 1 \
-    --batch_size 128 --epochs 30 --warmup_epochs 3 --blr 2e-3 --decoder_depth 1 \
-    --knn_every 5 --knn_images 2000 $FLAGS
+    --batch_size 128 --epochs 24 --warmup_epochs 3 --blr 2e-3 --decoder_depth 1 \
+    --knn_every 4 --knn_images 2000 $FLAGS
 
 run python main_finetune.py --data_path "$DATA" --output_dir "$OUT/finetune" \
     --model vit_nano_patch4 --nb_classes 10 --input_size 28 \
