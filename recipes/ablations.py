@@ -20,7 +20,7 @@ VARIED = {
 
 
 def make_cells(args):
-    folders.check(args.data_path)
+    source = cifar10.images(args)
     settings = [("base", None)] + [(flag, v) for flag, values in VARIED.items() for v in values]
     cells = []
     for seed in range(SEEDS):
@@ -31,12 +31,10 @@ def make_cells(args):
             if flag == "norm_pix_loss":
                 about = {"vary": "target", "value": "normalised" if value else "raw"}
             cells.append(
-                worth.make_cell(
-                    "ablations", f"{name}-seed{seed}", args.data_path, about, seed, changes
-                )
+                worth.make_cell("ablations", f"{name}-seed{seed}", source, about, seed, changes)
             )
     return cells
 
 
 if __name__ == "__main__":
-    running.main(__doc__, make_cells, "ablations", cifar10.add_flags)
+    running.main(__doc__, make_cells, "ablations", cifar10.add_flags, folders.make_planned)

@@ -6,6 +6,7 @@ CIFAR10 is an image folder: CIFAR10/{train,val}/CLASS/*.png. The settings were c
 recipes/cifar10_trials.py.
 """
 
+import folders
 import running
 import transfer
 
@@ -48,11 +49,17 @@ SETTINGS = transfer.Settings(
 
 
 def make_cells(args):
+    source = images(args)
     return [
         cell
         for model in ("nano", "tiny")
-        for cell in transfer.make_cells("cifar10", "cifar10", args.data_path, model, SETTINGS)
+        for cell in transfer.make_cells("cifar10", "cifar10", source, model, SETTINGS)
     ]
+
+
+def images(args):
+    """The folder of --data_path, as commands call it."""
+    return folders.source("cifar10", args.data_path)
 
 
 def add_flags(parser):
@@ -60,4 +67,4 @@ def add_flags(parser):
 
 
 if __name__ == "__main__":
-    running.main(__doc__, make_cells, "cifar10", add_flags)
+    running.main(__doc__, make_cells, "cifar10", add_flags, folders.make_planned)

@@ -9,6 +9,7 @@ are compared with these labels, too; fine-tuned and probed ones start from the f
 
 import functools
 
+import cifar10
 import folders
 import running
 import transfer
@@ -83,9 +84,9 @@ CHOSEN = {
 
 
 def make_cells(args):
-    folders.check(args.data_path)
-    all_images = folders.for_trials("cifar10", args.data_path)
-    tenth = folders.for_trials("cifar10", args.data_path, 10)
+    source = cifar10.images(args)
+    all_images = folders.for_trials("cifar10", source)
+    tenth = folders.for_trials("cifar10", source, 10)
     outputs = functools.partial(running.output, TABLE)
     encoder = outputs("pretrain-base") / "pretrain" / "encoder.safetensors"
     cells = []
@@ -114,9 +115,5 @@ def make_cells(args):
     return cells
 
 
-def add_flags(parser):
-    parser.add_argument("--data_path", required=True, metavar="DIR", help="CIFAR-10's image folder")
-
-
 if __name__ == "__main__":
-    running.main(__doc__, make_cells, TABLE, add_flags)
+    running.main(__doc__, make_cells, TABLE, cifar10.add_flags, folders.make_planned)

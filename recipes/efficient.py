@@ -19,7 +19,7 @@ RECIPES = {  # what it changes, and the epochs for each budget
 
 
 def make_cells(args):
-    folders.check(args.data_path)
+    source = cifar10.images(args)
     cells = []
     for seed in range(SEEDS):
         for recipe, (changes, lengths) in RECIPES.items():
@@ -27,11 +27,9 @@ def make_cells(args):
                 name = f"{recipe}-{epochs}-seed{seed}"
                 about = {"recipe": recipe, "budget": budget, "epochs": epochs}
                 changed = changes | {"epochs": epochs}
-                cells.append(
-                    worth.make_cell("efficient", name, args.data_path, about, seed, changed)
-                )
+                cells.append(worth.make_cell("efficient", name, source, about, seed, changed))
     return cells
 
 
 if __name__ == "__main__":
-    running.main(__doc__, make_cells, "efficient", cifar10.add_flags)
+    running.main(__doc__, make_cells, "efficient", cifar10.add_flags, folders.make_planned)

@@ -46,21 +46,18 @@ SETTINGS = transfer.Settings(
     copies={100: 1, 10: 1, 1: 10},
     image_cost=0.55,
 )
-SOURCE = folders.DATA / "fashion_mnist"
 
 
-def unpack():
-    """Write the bundled images to `SOURCE`, 8,000 for training and 2,000 held out."""
-    if not SOURCE.exists():
-        temporary = SOURCE.with_name("fashion_mnist.unpacked")
-        subprocess.run([sys.executable, running.ROOT / "demo" / "unpack.py", temporary], check=True)
-        temporary.rename(SOURCE)
-    return SOURCE.relative_to(running.ROOT)
+def unpack(folder):
+    """Write the bundled images, 8,000 for training and 2,000 held out, as image folders."""
+    program = running.ROOT / "demo" / "unpack.py"
+    subprocess.run([sys.executable, program, folder], check=True)
 
 
 def make_cells(args):
-    return transfer.make_cells("fashion_mnist", "fashion_mnist", unpack(), "nano", SETTINGS)
+    source = folders.plan("fashion_mnist", "the bundled images", unpack)
+    return transfer.make_cells("fashion_mnist", "fashion_mnist", source, "nano", SETTINGS)
 
 
 if __name__ == "__main__":
-    running.main(__doc__, make_cells, "fashion_mnist")
+    running.main(__doc__, make_cells, "fashion_mnist", prepare=folders.make_planned)

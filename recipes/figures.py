@@ -10,6 +10,7 @@ from util.errors import UserError
 
 NOT_RUN = "not run"
 STANDARD_ERRORS = 2  # a larger difference is more than noise
+LEAST_SEEDS = 3  # with two of each, a third of equal pairs would differ by more
 
 
 def read(table):
@@ -49,13 +50,14 @@ def neighbours(cell, percent=100):
 
 
 def core_hours(cells):
-    """The cells' mean processor time, None without a cell."""
-    return statistics.mean(cell["cpu_s"] for cell in cells) / 3600 if cells else None
+    """The mean processor time of those cells whose time is known whole, None without one."""
+    known = [cell["cpu_s"] for cell in cells if not cell["attempts_without_times"]]
+    return statistics.mean(known) / 3600 if known else None
 
 
 def pretraining_minutes(cell):
-    """Core-minutes of the cell's pre-training, None where its commands were not timed singly."""
-    if "parts" not in cell:
+    """Core-minutes of the cell's pre-training, None where an attempt was killed with its time."""
+    if cell["attempts_without_times"]:
         return None
     timed = zip(cell["commands"], cell["parts"], strict=True)
     return sum(part["cpu_s"] for line, part in timed if "main_pretrain.py" in line.split()) / 60
@@ -78,8 +80,8 @@ def mean_and_std(values, expected):
 
 
 def difference(values, others):
-    """(difference of the means, its standard error by Welch), None with less than two of either."""
-    if min(len(values), len(others)) < 2:
+    """(difference of the means, its standard error by Welch), None with too few of either."""
+    if min(len(values), len(others)) < LEAST_SEEDS:
         return None
     error = math.sqrt(sum(statistics.variance(v) / len(v) for v in (values, others)))
     return statistics.mean(values) - statistics.mean(others), error
@@ -105,13 +107,14 @@ def pooled_std(samples):
 
 
 def origin(cells):
-    """Text: how many cells, and the commits, hardware and versions that made them."""
+    """Text: how many cells, and the commits, hardware, types and versions that made them."""
     if not cells:
         return "No cell was run."
     count = f"{len(cells)} cells" if len(cells) > 1 else "1 cell"
     parts = [
         shares([f"commit {cell['commit']}" for cell in cells]),
         shares([", ".join(cell["hardware"].values()) for cell in cells]),
+        shares([cell["amp auto"] for cell in cells]),
         shares([", ".join(f"{k} {v}" for k, v in cell["versions"].items()) for cell in cells]),
     ]
     text = f"{count}: {'; '.join(parts)}."

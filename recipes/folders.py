@@ -1,57 +1,108 @@
 """Image folders for the recipes, made of links to a folder DIR/{train,val}/CLASS.
 
 The training images that keep their labels are a draw of the seed, equally many of each class.
+Folders are planned when cells are made, and made when cells are run.
 """
 
+import json
 import os
+import shutil
 from pathlib import Path
 
 import numpy as np
 from running import ROOT
 
 from util.errors import UserError
+from util.image_files import ImagePaths
 
 DATA = ROOT / "recipes" / "data"
 WATCHED = 20  # held-out images of each class that are evaluated after every epoch
+MADE_FROM = "made_from.json"
+planned = {}  # {folder: (what it is made from, the function that writes it to a path)}
+
+
+def source(name, path):
+    """recipes/data/NAME, by which commands know the user's folder PATH wherever it is.
+
+    Raises:
+        UserError: the folder lacks train or val, or the name stands for another one.
+    """
+    for part in ("train", "val"):
+        if not (Path(path) / part).is_dir():
+            raise UserError(f"{path}/{part} is missing: give the folder that holds train and val")
+    link, target = DATA / name, Path(path).resolve()
+    if not link.is_symlink():
+        DATA.mkdir(parents=True, exist_ok=True)
+        link.symlink_to(target)
+    elif link.resolve() != target:
+        raise UserError(
+            f"{shown(link)} is a link to {link.resolve()}: for other images, delete it and "
+            f"{shown(link)}-*, and the results of its cells"
+        )
+    return link.relative_to(ROOT)
+
+
+def shown(path):
+    return path.relative_to(ROOT)
+
+
+def plan(name, about, write):
+    """recipes/data/NAME, which `make_planned` makes.
+
+    Args:
+        name: of the folder.
+        about: JSON of what it is made from; a folder that was made from something else is refused.
+        write: function that writes the folder to the path that it is given.
+    """
+    planned[DATA / name] = about, write
+    return shown(DATA / name)
+
+
+def make_planned():
+    """Make the planned folders that aren't there.
+
+    Raises:
+        UserError: one was made from something else.
+    """
+    for folder, (about, write) in planned.items():
+        if folder.exists():
+            file = folder / MADE_FROM
+            found = json.loads(file.read_text()) if file.exists() else "an unknown source"
+            if found != about:
+                raise UserError(f"{shown(folder)} was made from {found}, not {about}: delete it")
+            continue
+        temporary = folder.with_name(f".{folder.name}.{os.getpid()}")
+        try:
+            write(temporary)
+            (temporary / MADE_FROM).write_text(json.dumps(about))
+            temporary.rename(folder)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
 
 
 def classes_of(folder):
-    """{class: its files, sorted} of a folder of class folders."""
-    found = {path.name: sorted(path.iterdir()) for path in sorted(Path(folder).iterdir())}
-    if len(found) < 2 or not all(found.values()):
-        raise UserError(f"{folder} should hold a folder of images for each class")
+    """{class: paths of its images, in the commands' order} of a folder of class folders."""
+    images = ImagePaths(folder)
+    found = {name: [] for name in images.classes}
+    for index, label in enumerate(images.labels.tolist()):
+        found[images.classes[label]].append(Path(images[index]))
+    if len(found) < 2 or "" in found:
+        raise UserError(f"{folder} should hold a folder of images for each class, and no others")
     return found
 
 
-def check(source):
-    """Refuse, with a UserError, a folder without DIR/train and DIR/val."""
-    for part in ("train", "val"):
-        if not (Path(source) / part).is_dir():
-            raise UserError(f"{source}/{part} is missing: give the folder that holds train and val")
-
-
-def link(files, folder):
-    """Write links to `files`, {class: paths}, as FOLDER/CLASS/NAME."""
-    for name, paths in files.items():
-        (folder / name).mkdir(parents=True)
-        for number, path in enumerate(paths):
-            os.symlink(path.resolve(), folder / name / f"{number:05d}-{path.name}")
-
-
-def make(name, parts):
-    """recipes/data/NAME/{part}/CLASS with links to the files of `parts`, if it isn't there."""
-    folder = DATA / name
-    if not folder.exists():
-        temporary = folder.with_name(folder.name + f".{os.getpid()}")
-        for part, files in parts().items():
-            link(files, temporary / part)
-        temporary.rename(folder)
-    return folder.relative_to(ROOT)
+def link(parts, folder):
+    """Write links to the files of `parts`, {part: {class: paths}}, as FOLDER/PART/CLASS/NAME."""
+    for part, classes in parts.items():
+        for name, paths in classes.items():
+            (folder / part / name).mkdir(parents=True)
+            for number, path in enumerate(paths):
+                os.symlink(path.resolve(), folder / part / name / f"{number:05d}-{path.name}")
 
 
 def watched(source):
     """The first held-out images of each class."""
-    return {name: paths[:WATCHED] for name, paths in classes_of(Path(source) / "val").items()}
+    return {name: paths[:WATCHED] for name, paths in classes_of(ROOT / source / "val").items()}
 
 
 def draw(count, percent, seed, number):
@@ -68,12 +119,17 @@ def with_labels(name, source, percent, seed, copies=1):
     """
 
     def parts():
-        train = classes_of(Path(source) / "train")
+        train = classes_of(ROOT / source / "train")
         for number, (label, paths) in enumerate(train.items()):
             train[label] = [paths[i] for i in draw(len(paths), percent, seed, number)] * copies
         return {"train": train, "val": watched(source)}
 
-    return make(f"{name}-{percent}" + (f"-seed{seed}" if percent < 100 else ""), parts)
+    about = {"images": str((ROOT / source).resolve()), "percent": percent, "seed": seed}
+    about |= {"copies": copies, "watched": WATCHED}
+    if percent == 100:
+        del about["seed"]
+    seeded = f"-seed{seed}" if percent < 100 else ""
+    return plan(f"{name}-{percent}{seeded}", about, lambda folder: link(parts(), folder))
 
 
 def for_trials(name, source, percent=100):
@@ -85,11 +141,12 @@ def for_trials(name, source, percent=100):
     """
 
     def parts():
-        train = classes_of(Path(source) / "train")
+        train = classes_of(ROOT / source / "train")
         cut = {label: len(paths) * 9 // 10 for label, paths in train.items()}
         return {
             "train": {k: p[: cut[k] * percent // 100] for k, p in train.items()},
             "val": {k: p[cut[k] :][: WATCHED if percent < 100 else None] for k, p in train.items()},
         }
 
-    return make(f"{name}-trials-{percent}", parts)
+    about = {"images": str((ROOT / source).resolve()), "trials": percent, "watched": WATCHED}
+    return plan(f"{name}-trials-{percent}", about, lambda folder: link(parts(), folder))

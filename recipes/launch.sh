@@ -16,7 +16,8 @@ for name in DATA OUT; do
     [ -n "${!name:-}" ] || fail "$name is not set: DATA=IMAGES OUT=FOLDER bash $0"
 done
 [ -e "$DATA" ] || fail "DATA=$DATA does not exist: give the folder of the images"
-DATA=$(realpath "$DATA") OUT=$(realpath -m "$OUT")
+mkdir -p "$OUT"
+DATA=$(cd "$(dirname "$DATA")" && pwd -P)/$(basename "$DATA") OUT=$(cd "$OUT" && pwd -P)
 GPUS=${GPUS:-1} NODES=${NODES:-1} GPU_GB=${GPU_GB:-40} SLURM=${SLURM:-} FLAGS=${FLAGS:-}
 for name in GPUS NODES; do
     [[ ${!name} =~ ^[1-9][0-9]*$ ]] || fail "$name=${!name} is not an integer of at least 1"
@@ -29,7 +30,9 @@ done
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 run() {  # COMMAND...: show it, then run it
-    printf '\n$ %s\n' "$*"
+    printf '\n$'
+    printf ' %q' "$@"
+    echo
     "$@"
 }
 

@@ -6,6 +6,8 @@ on where it was, because its commands do. Cells are independent, but for those t
 
 import argparse
 import concurrent.futures
+import contextlib
+import fcntl
 import fnmatch
 import json
 import os
@@ -16,13 +18,18 @@ import subprocess
 import sys
 import threading
 import time
+import traceback
 from dataclasses import dataclass, field
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(1, str(ROOT))  # for util and benchmarks, also in `python recipes/NAME.py`
 
+import torch  # noqa: E402
+
 from benchmarks import report  # noqa: E402
+from util import cli, precision  # noqa: E402
+from util.checkpoint import write_whole  # noqa: E402
 from util.errors import UserError  # noqa: E402
 
 RESULTS = ROOT / "recipes" / "results"
@@ -80,7 +87,7 @@ def flags(settings):
     return words
 
 
-def main(description, make_cells, table, add_flags=None):
+def main(description, make_cells, table, add_flags=None, prepare=lambda: None):
     """The command line of a table's script.
 
     Args:
@@ -88,6 +95,7 @@ def main(description, make_cells, table, add_flags=None):
         make_cells: the table's cells, in the order to run them, of the parsed flags.
         table: its name.
         add_flags: adds the script's own flags to the parser.
+        prepare: called before cells are run.
     """
     parser = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -101,8 +109,8 @@ def main(description, make_cells, table, add_flags=None):
     )
     parser.add_argument(
         "--jobs",
-        type=int,
-        default=len(os.sched_getaffinity(0)),
+        type=cli.integer(1),
+        default=cli.cores(),
         help="cells at a time, each on one core; all cores if not given",
     )
     parser.add_argument("--list", action="store_true", help="list the cells, run none")
@@ -110,16 +118,18 @@ def main(description, make_cells, table, add_flags=None):
         add_flags(parser)
     args = parser.parse_args()
     # A shell starts what runs in the background with Ctrl-C ignored, and jobs are ended by TERM.
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.default_int_handler)
-    table = Table(table, make_cells(args))
     try:
+        table = Table(table, make_cells(args))
         chosen = choose(table, args.only)
         if args.list:
             for cell in table.cells.values():
                 print("done   " if table.result(cell).exists() else "not run", cell.name)
-        elif not run(table, chosen, args.jobs):
-            sys.exit(1)
+        else:
+            prepare()
+            if not run(table, chosen, args.jobs):
+                sys.exit(1)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
@@ -145,11 +155,16 @@ def choose(table, patterns):
 
 def run(table, chosen, jobs):
     """Run the chosen cells that aren't done, `jobs` at a time; whether all are done."""
-    waiting = [cell for cell in table.cells.values() if cell.name in chosen]
-    check_unchanged(table, waiting)
-    done = {cell.name for cell in table.cells.values() if table.result(cell).exists()}
-    waiting = [cell for cell in waiting if cell.name not in done]
+    cells = [cell for cell in table.cells.values() if cell.name in chosen]
+    check_unchanged(table, cells)
+    waiting = [cell for cell in cells if not table.result(cell).exists()]
+    for cell in waiting:  # and what others need of a done cell, if its output is gone
+        needed = [table.cells[name] for name in cell.needs]
+        waiting += [n for n in needed if not (n in waiting or (ROOT / table.output(n)).exists())]
+    waiting.sort(key=cells.index)
+    done = {cell.name for cell in cells if cell not in waiting}
     total = len(waiting)
+    print(f"{len(done)} of {len(cells)} cells are done, {total} to run", flush=True)
     running, failed = {}, []
     runner = Runner(table)
     with concurrent.futures.ThreadPoolExecutor(jobs) as pool:
@@ -168,7 +183,7 @@ def run(table, chosen, jobs):
                     cell = running.pop(future)
                     (done.add if future.result() else failed.append)(cell.name)
                     print(f"{total - len(waiting) - len(running)} of {total} cells", flush=True)
-        except KeyboardInterrupt:
+        except BaseException:
             runner.stop()
             raise
     for cell in waiting:
@@ -210,9 +225,19 @@ class Runner:
 
     def run(self, cell):
         """Run a cell and write its JSON; whether it succeeded."""
-        folder = ROOT / self.table.output(cell)
-        folder.mkdir(parents=True, exist_ok=True)
-        attempts = Attempts(folder / "attempts.json")
+        try:
+            with cell_folder(ROOT / self.table.output(cell)) as folder:
+                return self.run_in(folder, cell)
+        except UserError as error:
+            print(f"failed: {cell.name}: {error}", flush=True)
+        except Exception:
+            traceback.print_exc()
+            print(f"failed: {cell.name}", flush=True)
+        return False
+
+    def run_in(self, folder, cell):
+        """Run a cell, whose folder is locked; whether it succeeded."""
+        attempts = Attempts(folder / "attempts.json", lines(cell))
         for number, command in enumerate(cell.commands):
             print(f"{cell.name}: python {shlex.join(command)}", flush=True)
             code = self.execute(number, command, folder / "console.txt", attempts)
@@ -231,12 +256,11 @@ class Runner:
             **attempts.totals(),
             "commit": report.COMMIT,
             "hardware": report.hardware(threads=1),
+            "amp auto": computing_type(),
             "versions": {"python": platform.python_version()} | report.versions(),
             "outputs": collect(folder),
         }
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text(json.dumps(record, indent=1) + "\n")
-        temporary.replace(path)
+        write_whole(path, f"{json.dumps(record, indent=1)}\n".encode())
         return True
 
     def execute(self, number, command, console, attempts):
@@ -265,23 +289,55 @@ class Runner:
         return process.returncode
 
 
-class Attempts:
-    """The times of all attempts of a cell's commands, kept in a file."""
+def computing_type():
+    """The type that `--amp auto` computes in on this CPU."""
+    return precision.dtype_name(precision.resolve_amp("auto", torch.device("cpu")))
 
-    def __init__(self, path):
+
+@contextlib.contextmanager
+def cell_folder(folder):
+    """A cell's folder, kept from other runners within this context."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / ".cell.lock", "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"another runner is using {folder}") from None
+        yield folder
+
+
+class Attempts:
+    """The times of all attempts of a cell's commands, kept in a file with these commands."""
+
+    def __init__(self, path, commands):
         self.path = path
-        self.all = json.loads(path.read_text()) if path.exists() else []
+        self.kept = {"commands": commands, "attempts": []}
+        if path.exists():
+            try:
+                self.kept = json.loads(path.read_bytes())
+                begun_by = self.kept["commands"]
+            except (ValueError, TypeError, KeyError) as error:
+                raise UserError(f"{path} is damaged: delete {path.parent}") from error
+            if begun_by != commands:
+                raise UserError(f"{path.parent} was begun by other commands: delete it")
+
+    @property
+    def all(self):
+        return self.kept["attempts"]
+
+    def write(self):
+        write_whole(self.path, json.dumps(self.kept).encode())
 
     def begin(self, number, started):
         """A command, the cell's `number`-th, starts; `started` in seconds since 1970."""
         time_of_day = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(started))
         self.all.append({"command": number, "started": time_of_day})
-        self.path.write_text(json.dumps(self.all))
+        self.write()
 
     def end(self, wall_s, cpu_s):
         """It has ended, after so many seconds, and so many of a core."""
         self.all[-1] |= {"wall_s": wall_s, "cpu_s": cpu_s}
-        self.path.write_text(json.dumps(self.all))
+        self.write()
 
     def totals(self):
         """For the JSON; attempts that were killed with us have no times, and are counted."""

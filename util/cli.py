@@ -93,6 +93,13 @@ def check_output_file(file: str | Path, flag: str) -> None:
     make_writable(Path(file).parent, f"folder of {flag}")
 
 
+def cores() -> int:
+    """How many processor cores this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
 def integer(minimum: int) -> Callable[[str], int]:
     """An argument type: an integer of at least `minimum`."""
 

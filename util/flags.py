@@ -14,7 +14,7 @@ import math
 import os
 from typing import Any
 
-from util.cli import integer, number, path
+from util.cli import cores, integer, number, path
 from util.errors import warn
 from util.pixels import MAX_PIXELS
 
@@ -233,12 +233,11 @@ def add_source_flags(group: argparse._ActionsContainer, required: bool = True) -
         required=required,
         help="folder of the images, or of tar shards, or a text file of paths",
     )
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     free.add_argument(
         "--num_workers",
         type=integer(0),
-        default=max(1, min(10, (cores or 1) // processes)),
+        default=max(1, min(10, cores() // processes)),
         help="processes that load images for each training process; results don't depend on it; "
         "the default shares out the machine's cores",
     )
