@@ -114,7 +114,7 @@ def origin(cells):
     parts = [
         shares([f"commit {cell['commit']}" for cell in cells]),
         shares([", ".join(cell["hardware"].values()) for cell in cells]),
-        shares([cell["amp auto"] for cell in cells]),
+        shares([cell["amp_auto"] for cell in cells]),
         shares([", ".join(f"{k} {v}" for k, v in cell["versions"].items()) for cell in cells]),
     ]
     text = f"{count}: {'; '.join(parts)}."

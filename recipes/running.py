@@ -256,7 +256,7 @@ class Runner:
             **attempts.totals(),
             "commit": report.COMMIT,
             "hardware": report.hardware(threads=1),
-            "amp auto": computing_type(),
+            "amp_auto": computing_type(),
             "versions": {"python": platform.python_version()} | report.versions(),
             "outputs": collect(folder),
         }

@@ -5,9 +5,15 @@ import math
 import shutil
 import subprocess
 import sys
+from types import SimpleNamespace
 
+import ablations
+import cifar10
 import cifar10_trials
+import efficient
+import fashion_mnist
 import figures
+import folders
 import numpy as np
 import plots
 import pytest
@@ -38,7 +44,7 @@ def cell(about, seed=0, cpu_s=3600.0, **outputs):
         "attempts_without_times": 0,
         "commit": "abc1234",
         "hardware": {"cpu": "Zen 5"},
-        "amp auto": "bfloat16",
+        "amp_auto": "bfloat16",
         "versions": {"python": "3.12", "torch": "2.9"},
         "outputs": contents,
     }
@@ -353,6 +359,25 @@ def test_small_scripts_tell_what_was_measured(project, tmp_path):
         "# measured: 1.5 h of one core for fine-tuning",
         "run",
     ]
+
+
+SCRIPTS = (ablations, cifar10, cifar10_trials, efficient, fashion_mnist)
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.__name__)
+def test_results_are_of_cells_that_their_scripts_would_run(script, tmp_path, monkeypatch):
+    """Or the page would name settings that its figures don't have."""
+    for part in ("train", "val"):
+        (tmp_path / "images" / part).mkdir(parents=True)
+    monkeypatch.setattr(folders, "ROOT", tmp_path)
+    monkeypatch.setattr(folders, "DATA", tmp_path / "recipes" / "data")
+    monkeypatch.setattr(folders, "planned", {})
+    made = script.make_cells(SimpleNamespace(data_path=tmp_path / "images"))
+    cells = {cell.name: cell for cell in made}
+    for found in figures.read(script.__name__):
+        cell = cells[found["cell"]]
+        assert found["commands"] == running.lines(cell)
+        assert (found["about"], found["seed"]) == (cell.about, cell.seed)
 
 
 def test_several_origins_are_counted_and_lost_times_said():
