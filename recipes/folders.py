@@ -133,7 +133,7 @@ def with_labels(name, source, percent, seed, copies=1):
 
 
 def for_trials(name, source, percent=100):
-    """A folder that leaves the source's held-out images alone.
+    """A folder that never uses the source's held-out images.
 
     A tenth of the training images, the last ones of each class, are held out instead. Of the
     others, `percent` of each class train, the first ones; if these aren't all, `WATCHED` images of
