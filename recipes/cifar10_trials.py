@@ -60,11 +60,13 @@ CLASSIFIERS = {
     "finetune": {
         "lr5e-4": {"lr": 5e-4},
         "lr2e-3": {"lr": 2e-3},
+        "lr4e-3": {"lr": 4e-3},
         "decay90": {"layer_decay": 0.9},
         "crop20": {"crop_scale": [0.2, 1]},
         "policy": {"aa": "rand-m9-mstd0.5-inc1"},
     },
     "scratch": {
+        "lr2.5e-4": {"lr": 2.5e-4},
         "lr5e-4": {"lr": 5e-4},
         "lr1e-3": {},
         "lr2e-3": {"lr": 2e-3},
