@@ -106,6 +106,11 @@ def pooled_std(samples):
     return math.sqrt(squares / sum(len(values) - 1 for values in samples))
 
 
+def ran_by(command, cells):
+    """The paragraph below a table's sections: what runs its cells, and what ran them."""
+    return f"`{command}` runs these cells. {origin(cells)}\n"
+
+
 def origin(cells):
     """Text: how many cells, and the commits, hardware, types and versions that made them."""
     if not cells:
@@ -129,3 +134,12 @@ def shares(names):
     if len(counts) == 1:
         return names[0]
     return " and ".join(f"{name} ({count})" for name, count in counts.items())
+
+
+def changed(flags):
+    """Text: changed flags as one would type them, or without which."""
+    texts = [
+        f"no `--{flag}`" if value is False else f"`{' '.join(running.flags({flag: value}))}`"
+        for flag, value in flags.items()
+    ]
+    return ", ".join(texts) or "nothing"

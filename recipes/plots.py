@@ -10,6 +10,7 @@ import hashlib
 import io
 import json
 
+import figures
 import running
 
 from util.checkpoint import write_whole
@@ -34,6 +35,13 @@ def path(chart):
 def markdown(chart):
     """The line that shows the picture in docs/results.md."""
     return f"![{chart['alt']}](images/results/{chart['name']}.svg)\n"
+
+
+def shown(chart, is_drawn):
+    """(the line that shows the chart's picture or says that it was not run, charts to draw)"""
+    if is_drawn:
+        return markdown(chart), [chart]
+    return f"Picture ({chart['alt']}): {figures.NOT_RUN}.\n", []
 
 
 def fingerprint(chart):

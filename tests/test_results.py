@@ -18,6 +18,9 @@ import numpy as np
 import plots
 import pytest
 import running
+import section_transfer
+import section_trials
+import section_worth
 import table
 from helpers import ROOT
 
@@ -223,7 +226,7 @@ def test_cells_that_were_not_run_say_so(project):
     text, charts = table.page()
     assert charts == []
     assert "![" not in text
-    rows = {row: ["not run"] * 3 for row in table.ROWS.values()}
+    rows = {row: ["not run"] * 3 for row in section_transfer.ROWS.values()}
     assert rows_of(text, "accuracy (%)") == rows
     assert text.count("No cell was run.") == 5
     assert rows_of(text, "decoder blocks")["2"] == ["not run"] * 4 + ["70.0", "84.9"]
@@ -231,7 +234,7 @@ def test_cells_that_were_not_run_say_so(project):
 
 def test_transfer_by_hand(project):
     project("fashion_mnist", transfer_cells())
-    text, _ = table.transfer_section("fashion_mnist")
+    text, _ = section_transfer.section("fashion_mnist")
     empty = ["not run"] * 3
     assert rows_of(text, "accuracy (%)") == {
         "MAE, fine-tuned": ["not run", "72.0 ± 2.0, n = 3", "not run"],
@@ -252,7 +255,7 @@ def test_transfer_by_hand(project):
     compared = [line.split(" | ") for line in text.splitlines() if line.startswith("| 10% | ")]
     assert compared == [
         ["| 10%", "from scratch, fine-tuning's epochs", "+21.0", "1.3", "ahead |"],
-        ["| 10%", table.ROWS["scratch_long"], "", "", "too few seeds |"],
+        ["| 10%", section_transfer.ROWS["scratch_long"], "", "", "too few seeds |"],
     ]
     assert "Pre-training is ahead in every comparison that was run." in text
     assert "9 cells: commit abc1234; Zen 5; bfloat16; python 3.12, torch 2.9." in text
@@ -267,8 +270,8 @@ def test_transfer_by_hand(project):
 )
 def test_where_pre_training_does_not_pay_is_said(finetuned, said, project):
     project("cifar10", transfer_cells(finetuned))
-    text, _ = table.transfer_section("cifar10")
-    assert f"{said}: {table.ROWS['scratch']} (10%)." in text
+    text, _ = section_transfer.section("cifar10")
+    assert f"{said}: {section_transfer.ROWS['scratch']} (10%)." in text
     assert "is ahead in every" not in text
 
 
@@ -276,15 +279,15 @@ def test_a_setting_that_is_not_given_is_the_command_s():
     args = main_pretrain.get_args_parser().parse_args(["--data_path", "images"])
     nano = models_mae.MODELS["mae_vit_nano_patch4"](img_size=32)
     assert {"mask_ratio": args.mask_ratio, "decoder_depth": len(nano.decoder_blocks)} == (
-        table.DEFAULTS
+        section_worth.DEFAULTS
     )
 
 
 def test_ablations_by_hand(project, monkeypatch):
     base = {"mask_ratio": 0.75, "decoder_depth": 2, "target": "normalised"}
-    monkeypatch.setattr(table, "BASE", base)
+    monkeypatch.setattr(section_worth, "BASE", base)
     project("ablations", ablation_cells())
-    text, charts = table.ablations_section()
+    text, charts = section_worth.ablations_section()
     assert rows_of(text, "mask ratio") == {
         "0.25": [*(f"{a} ± 0.7, n = 2" for a in (55.5, 60.5, 65.5)), "3.0"],
         "0.5": ["not run"] * 4,
@@ -311,7 +314,7 @@ def test_ablations_by_hand(project, monkeypatch):
 
 def test_the_cheap_recipe_by_hand(project):
     project("efficient", cheap_cells())
-    text, (chart,) = table.cheap_section()
+    text, (chart,) = section_worth.cheap_section()
     rows = [line.split(" | ") for line in text.splitlines() if "cheap one" in line]
     _, budgets, _, *columns = zip(*rows, strict=True)
     assert budgets == ("1", "2", "4")
@@ -331,7 +334,7 @@ def test_the_cheap_recipe_by_hand(project):
 def test_trials_by_hand(project, monkeypatch):
     monkeypatch.setattr(cifar10_trials, "CHOSEN", {"scratch-lr2e-3"})
     project("cifar10_trials", trial_cells())
-    text, _ = table.trials_section()
+    text, _ = section_trials.section()
     lines = text.splitlines()
     assert "| pre-training | no `--norm_pix_loss` | 61.5 | 44.4 | 1.5 |  |" in lines
     assert "| pre-training | `--crop_scale 0.5 1` | not run |  |  |  |" in lines

@@ -1,0 +1,225 @@
+"""docs/results.md: does pre-training pay? Of the cells of transfer.py."""
+
+import cifar10
+import fashion_mnist
+import figures
+import folders
+import knn
+import plots
+import transfer
+
+from benchmarks.table import grid
+
+ROWS = {
+    "finetune": "MAE, fine-tuned",
+    "probe": "MAE, linear probe (frozen)",
+    "knn": "MAE, k-NN (frozen)",
+    "scratch": "from scratch, fine-tuning's epochs",
+    "scratch_long": "from scratch, as long as pre-training and fine-tuning",
+}
+TABLES = {
+    "cifar10": (
+        "CIFAR-10",
+        cifar10.SETTINGS,
+        ["nano", "tiny"],
+        "python recipes/cifar10.py --data_path CIFAR10",
+        "50,000 training and 10,000 held-out images of 32 x 32 pixels, in patches of 4 x 4.",
+    ),
+    "fashion_mnist": (
+        "Fashion-MNIST",
+        fashion_mnist.SETTINGS,
+        ["nano"],
+        "make results-small",
+        "the bundled images, 8,000 for training and 2,000 held out, of 28 x 28 pixels, in patches "
+        "of 4 x 4. Nothing is downloaded.",
+    ),
+}
+PUBLISHED = [
+    ["ViT-Ti/2", "2000 epochs", "89.8", "74.1", "IcarusWizard/MAE, a re-implementation"],
+    ["ViT with 3.64 M parameters, 36 px", "", "96.4", "", "arXiv 2402.03752"],
+]
+INTRODUCTION = f"""## Does pre-training pay?
+
+Each table has one pre-training for a model. Its encoder is fine-tuned, probed and searched by
+neighbours; ± is over seeds of that, so how much another pre-training would differ is not in it. The
+same classifier is trained from scratch, with as many epochs as in fine-tuning, and with about as
+much computing as in pre-training and fine-tuning together: the second table has the times.
+
+k-NN is by the {knn.NEIGHBOURS} nearest neighbours. It trains nothing, so that n = 1 with all
+labels. Its time is that of all three columns together.
+
+"Where it does not pay" compares "{ROWS["finetune"]}" with the rows from scratch. The difference of
+their means has a standard error (Welch: the root of the sum of the two means' variances). MAE is
+ahead or behind if the difference is more than {figures.STANDARD_ERRORS} standard errors, else it is
+within the noise. There is no verdict on less than {figures.LEAST_SEEDS} seeds. With three seeds a
+row this rule is coarse: of comparisons of two equal methods, 12% to 18% would be ahead or behind
+(Student's t with 4 to 2 degrees of freedom).
+
+"""
+
+
+def section(table):
+    title, settings, models, command, about = TABLES[table]
+    cells = figures.read(table)
+    sections = [transfer_table(table, model, cells) for model in models]
+    repeated = [f"{n} times at {percent}%" for percent, n in settings.copies.items() if n > 1]
+    text = "".join(text for text, _ in sections)
+    text += f"{title}: {about} An epoch of a classifier holds each labelled image once"
+    text += f", but {' and '.join(repeated)}. " if repeated else ". "
+    held_out = folders.WATCHED * settings.classify["nb_classes"]
+    text += (
+        f"A picture's held-out figures are those of {held_out} images, and its k-NN has "
+        f"at most {settings.pretrain['knn_images']:,} labelled ones to choose from: it is coarser "
+        "than the table's.\n\n"
+    )
+    if table == "cifar10":
+        text += "Published neighbours, theirs and not ours, with other models and budgets.\n\n"
+        head = ["accuracy (%), CIFAR-10", "pre-training", "fine-tuned", "from scratch", "source"]
+        text += grid(head, PUBLISHED) + "\n"
+    return text + figures.ran_by(command, cells), [
+        chart for _, charts in sections for chart in charts
+    ]
+
+
+def transfer_table(table, model, cells):
+    """A model's tables and picture."""
+    title, settings, *_ = TABLES[table]
+    heading = f"### {title}, {model}\n\n" + accuracy_table(cells, model, plots.ACCURACY) + "\n"
+    if not figures.select(cells, model=model):
+        return heading, []
+    pretrained = figures.select(cells, what="pretrain", model=model)
+    hours = figures.core_hours(pretrained)
+    picture, charts = plots.shown(curve_chart(table, model, pretrained), pretrained)
+    parts = [
+        cost_table(cells, model),
+        f"Pre-training, {settings.pretrain['epochs']} epochs: "
+        + (f"{duration(hours)}.\n" if pretrained else f"{figures.NOT_RUN}.\n"),
+        f"#### Where it does not pay: {title}, {model}\n",
+        pays(cells, model) + picture,
+    ]
+    return heading + "\n".join(parts) + "\n", charts
+
+
+def accuracies(cells, model, what, percent):
+    """(an accuracy for each seed, how many seeds are to run) of a row and a share of the labels."""
+    if what == "knn":
+        found = figures.select(cells, what=what, model=model)
+        expected = knn.SEEDS if percent < 100 else 1
+        return [a for cell in found for a in figures.neighbours(cell, percent)], expected
+    found = figures.select(cells, what=what, model=model, labels=percent)
+    return [figures.evaluated(cell) for cell in found], knn.SEEDS
+
+
+def label_columns():
+    return [f"{percent}% of the labels" for percent in transfer.PERCENTS]
+
+
+def accuracy_table(cells, model, title):
+    rows = []
+    for what, label in ROWS.items():
+        found = [accuracies(cells, model, what, percent) for percent in transfer.PERCENTS]
+        rows.append([label, *(figures.mean_and_std(*values) for values in found)])
+    return grid([title, *label_columns()], rows)
+
+
+def cost_table(cells, model):
+    """Epochs and core-hours of a run, of the pre-trained also with the pre-training."""
+    pretraining = figures.core_hours(figures.select(cells, what="pretrain", model=model))
+    rows = []
+    for what, label in ROWS.items():
+        row = [label]
+        for percent in transfer.PERCENTS:
+            about = {} if what == "knn" else {"labels": percent}
+            found = figures.select(cells, what=what, model=model, **about)
+            row.append(cost(found, None if what.startswith("scratch") else pretraining))
+        rows.append(row)
+    return grid(["epochs; time (with the pre-training)", *label_columns()], rows)
+
+
+def cost(cells, pretraining):
+    if not cells:
+        return figures.NOT_RUN
+    hours = figures.core_hours(cells)
+    epochs = sorted({cell["about"].get("epochs") for cell in cells} - {None})
+    text = "".join(f"{number}; " for number in epochs) + duration(hours)
+    if hours is None or pretraining is None:
+        return text
+    return f"{text} ({duration(hours + pretraining)})"
+
+
+def duration(hours):
+    if hours is None:
+        return "not known"
+    return f"{hours:.1f} h" if hours >= 1 else f"{60 * hours:.1f} min"
+
+
+def pays(cells, model):
+    """Where MAE, fine-tuned, is ahead of the rows from scratch: a table and a sentence."""
+    rows, labels_of = [], {}
+    for percent in transfer.PERCENTS:
+        own, _ = accuracies(cells, model, "finetune", percent)
+        for what in ("scratch", "scratch_long"):
+            other, _ = accuracies(cells, model, what, percent)
+            compared = figures.difference(own, other)
+            found = figures.verdict(compared) if compared else figures.NOT_RUN
+            if own and other and not compared:
+                found = "too few seeds"
+            numbers = [f"{compared[0]:+.1f}", f"{compared[1]:.1f}"] if compared else ["", ""]
+            rows.append([f"{percent}%", ROWS[what], *numbers, found])
+            labels_of.setdefault(found, []).append(f"{ROWS[what]} ({percent}%)")
+    head = ["labels", "against", "difference, points", "standard error", "MAE is"]
+    return grid(head, rows) + "\n" + conclusion(labels_of)
+
+
+SAYS = {
+    "behind": "Pre-training does not pay, and is behind",
+    "within the noise": "No difference was shown to",
+}
+
+
+def conclusion(labels_of):
+    """A sentence of {verdict: the comparisons that have it}."""
+    text = [
+        f"{text}: {'; '.join(labels_of[verdict])}."
+        for verdict, text in SAYS.items()
+        if verdict in labels_of
+    ]
+    if "ahead" in labels_of and not text:
+        text = ["Pre-training is ahead in every comparison that was run."]
+    return " ".join(text) + "\n\n" if text else ""
+
+
+def curve_chart(table, model, cells):
+    """The losses and the k-NN accuracy over a pre-training."""
+    log = [entries for cell in cells for entries in figures.output(cell, "log.txt")]
+
+    def line(entry, label, style=0):
+        points = [(entries["epoch"] + 1, entries[entry]) for entries in log if entry in entries]
+        x, y = ([point[axis] for point in points] for axis in (0, 1))
+        return {"label": label, "x": x, "y": y, "style": style}
+
+    def panel(title, y, *lines):
+        return {"title": title, "x": "epoch", "y": y, "lines": list(lines)}
+
+    losses = [line("train_loss", "training images"), line("val_loss", "held-out images", 1)]
+    row = [panel("loss", "loss", *losses)]
+    row.append(panel("k-NN", plots.ACCURACY, line("knn_acc1", "held-out images", 1)))
+    return {
+        "name": f"{table}-{model}-pretraining".replace("_", "-"),
+        "alt": f"{TABLES[table][0]}, {model}: losses and k-NN accuracy by epoch of pre-training",
+        "rows": [row],
+    }
+
+
+def measured_lines(cells):
+    """What the nano model's commands with all labels lead to, and how long they take."""
+    lines = []
+    for what, label in ROWS.items():
+        if not what.startswith("scratch"):
+            found, expected = accuracies(cells, "nano", what, 100)
+            lines += [f"{label}: {figures.mean_and_std(found, expected)}"] if found else []
+    for what, label in (("pretrain", "pre-training"), ("finetune", "fine-tuning")):
+        about = {"labels": 100} if what == "finetune" else {}
+        found = figures.select(cells, what=what, model="nano", **about)
+        lines += [f"{duration(figures.core_hours(found))} of one core for {label}"] if found else []
+    return lines or [figures.NOT_RUN]

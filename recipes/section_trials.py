@@ -1,0 +1,52 @@
+"""docs/results.md: the trials of cifar10_trials.py."""
+
+import cifar10_trials
+import figures
+
+from benchmarks.table import grid
+
+KINDS = {
+    "pretrain": "pre-training",
+    "finetune": "fine-tuning",
+    "probe": "linear probe",
+    "scratch": "from scratch",
+}
+
+INTRODUCTION = f"""## Trials
+
+Small trials that chose the settings for CIFAR-10, with nano, one run each. A tenth of the training
+images are held out, the last ones of each class, and accuracies are those on this tenth after the
+last epoch. The others pre-train, {cifar10_trials.PRETRAIN["epochs"]} epochs. A tenth of these train
+the classifier with their labels, {cifar10_trials.FINETUNE["epochs"]} epochs. Classifiers start from
+the first pre-training: its row is also that of fine-tuning with nothing changed. One run a trial
+can't tell small differences from noise.
+
+"""
+
+
+def section():
+    cells = figures.read("cifar10_trials")
+    done = {cell["cell"]: cell for cell in cells}
+    trials = {"pretrain": cifar10_trials.PRETRAININGS} | cifar10_trials.CLASSIFIERS
+    rows = [
+        [KINDS[kind], figures.changed(changes), *trial_figures(done.get(f"{kind}-{name}"))]
+        for kind, settings in trials.items()
+        for name, changes in settings.items()
+    ]
+    head = ["trial", "changed", "k-NN", "accuracy of the classifier", "core-minutes", ""]
+    text = INTRODUCTION + grid(head, rows) + "\n"
+    return text + figures.ran_by("python recipes/cifar10_trials.py --data_path CIFAR10", cells), []
+
+
+def trial_figures(cell):
+    if cell is None:
+        return [figures.NOT_RUN]
+    neighbours = ""
+    if cell["about"]["kind"] == "pretrain":
+        neighbours = f"{figures.output(cell, 'pretrain/log.txt')[-1]['knn_acc1']:.1f}"
+    return [
+        neighbours,
+        f"{figures.evaluated(cell):.1f}",
+        "at least " * bool(cell["attempts_without_times"]) + f"{cell['cpu_s'] / 60:.1f}",
+        "chosen" if cell["cell"] in cifar10_trials.CHOSEN else "",
+    ]
