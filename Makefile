@@ -41,9 +41,9 @@ bench: $(READY)  ## measure speed, count memory, and write their pages
 	.venv/bin/python -m benchmarks.load
 	.venv/bin/python -m benchmarks.table
 
-results-small: $(READY)  ## train and measure all of docs/results.md's table of Fashion-MNIST, in an hour
-	.venv/bin/python recipes/fashion_mnist.py
-	.venv/bin/python recipes/table.py
+results-small: $(READY)  ## run docs/results.md's table of Fashion-MNIST anew, in an hour, and compare
+	.venv/bin/python recipes/fashion_mnist.py --into recipes/output/anew
+	.venv/bin/python recipes/compare.py recipes/output/anew
 
 gpu: $(READY)  ## test and measure on a GPU, in less than 9 minutes
 	.venv/bin/python -m benchmarks.gpu

@@ -13,11 +13,11 @@ STANDARD_ERRORS = 2  # a larger difference is more than noise
 LEAST_SEEDS = 3  # with two of each, a third of equal pairs would differ by more
 
 
-def read(table):
-    """The JSON of the table's cells that were run, by name."""
-    return [
-        json.loads(path.read_text()) for path in sorted((running.RESULTS / table).glob("*.json"))
-    ]
+def read(table, results=None):
+    """The JSON of the table's cells that were run, by name, of a folder of results or the
+    project's."""
+    folder = (results or running.RESULTS) / table
+    return [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
 
 
 def select(cells, **about):
@@ -35,7 +35,7 @@ def output(cell, name):
     try:
         return cell["outputs"][name]
     except KeyError:
-        path = f"{running.RESULTS.relative_to(running.ROOT)}/{cell['table']}/{cell['cell']}.json"
+        path = f"{running.shown(running.RESULTS)}/{cell['table']}/{cell['cell']}.json"
         raise UserError(f"{path} has no {name}: delete it and run the cell again") from None
 
 

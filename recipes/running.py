@@ -74,7 +74,18 @@ class Table:
 
 def output(table, cell):
     """A cell's output folder, as its commands name it."""
-    return OUTPUT.relative_to(ROOT) / table / cell
+    return shown(OUTPUT) / table / cell
+
+
+def shown(path):
+    """A path as commands in the project's folder and messages name it."""
+    return path.relative_to(ROOT) if path.is_relative_to(ROOT) else path
+
+
+def keep_in(folder):
+    """Have outputs and results below `folder`, so that tables are run anew."""
+    global OUTPUT, RESULTS
+    OUTPUT, RESULTS = folder.resolve() / OUTPUT.name, folder.resolve() / RESULTS.name
 
 
 def flags(settings):
@@ -114,9 +125,17 @@ def main(description, make_cells, table, add_flags=None, prepare=lambda: None):
         help="cells at a time, each on one core; all cores if not given",
     )
     parser.add_argument("--list", action="store_true", help="list the cells, run none")
+    parser.add_argument(
+        "--into",
+        type=Path,
+        metavar="DIR",
+        help="run the table anew: outputs and results below DIR, for recipes/compare.py",
+    )
     if add_flags:
         add_flags(parser)
     args = parser.parse_args()
+    if args.into:
+        keep_in(args.into)
     # A shell starts what runs in the background with Ctrl-C ignored, and jobs are ended by TERM.
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.default_int_handler)
@@ -197,7 +216,7 @@ def check_unchanged(table, cells):
         path = table.result(cell)
         if path.exists() and json.loads(path.read_text())["commands"] != lines(cell):
             raise UserError(
-                f"{path.relative_to(ROOT)} was made by other commands than this script's: delete "
+                f"{shown(path)} was made by other commands than this script's: delete "
                 f"it and {table.output(cell)} to run the cell again"
             )
 

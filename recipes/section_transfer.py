@@ -29,7 +29,7 @@ TABLES = {
         "Fashion-MNIST",
         fashion_mnist.SETTINGS,
         ["nano"],
-        "make results-small",
+        "python recipes/fashion_mnist.py",
         "the bundled images, 8,000 for training and 2,000 held out, of 28 x 28 pixels, in patches "
         "of 4 x 4. Nothing is downloaded.",
     ),

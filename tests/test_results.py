@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import ablations
 import cifar10
 import cifar10_trials
+import compare
 import efficient
 import fashion_mnist
 import figures
@@ -409,6 +410,39 @@ def test_paragraphs_are_filled_and_tables_are_not():
     assert items.splitlines()[0] == "- one two"
     assert items.splitlines()[2].startswith("  word")
     assert rows == f"{row}\n{row}"
+
+
+# ---- a table that was run anew
+
+
+def test_a_table_run_anew_is_compared_figure_by_figure(project, tmp_path, monkeypatch, capsys):
+    """By hand: 1.0 point with variances of 4 and 4, so a standard error of sqrt(8 / 3)."""
+    project("fashion_mnist", transfer_cells())
+    committed = running.RESULTS
+    monkeypatch.setattr(running, "RESULTS", tmp_path / "anew" / "results")
+    cells = transfer_cells(finetuned=(71.0, 73.0, 75.0), scratch=(60.0, 61.0, 62.0))
+    project("fashion_mnist", cells[:-1])
+    monkeypatch.setattr(running, "RESULTS", committed)
+    monkeypatch.setattr(sys, "argv", ["compare.py", f"{tmp_path / 'anew'}"])
+    compare.main()
+    said = capsys.readouterr().out
+    found = rows_of(said[said.index("| figure") :], "figure")
+
+    def of(what):
+        return next(row for name, row in found.items() if name.startswith(f"what {what},"))
+
+    accuracies = ["72.0 ± 2.0, n = 3", "73.0 ± 2.0, n = 3"]
+    assert of("finetune") == [*accuracies, "+1.00", "1.63", "within the noise"]
+    scratch = ["51.0 ± 1.0, n = 3", "61.0 ± 1.0, n = 3", "+10.00", "0.82", "more than noise"]
+    assert of("scratch") == scratch
+    assert of("scratch_long") == ["73.0, n = 1", "not run"]
+    loss = found["what pretrain, model nano, epochs 100: held-out loss"]
+    assert loss == ["0.8, n = 1", "0.8, n = 1", "+0.00", "", "equal"]
+    assert "of 7 figures 4 equal, 1 within the noise, 1 more than noise" in said
+    monkeypatch.setattr(sys, "argv", ["compare.py", f"{tmp_path}"])
+    with pytest.raises(SystemExit):
+        compare.main()
+    assert "has no results of a table in" in capsys.readouterr().err
 
 
 # ---- pictures, and what is out of date

@@ -132,6 +132,20 @@ def test_what_a_cell_needs_is_run_again_if_its_output_is_gone():
     assert len(lines_of("first")) == 1
 
 
+def test_a_table_is_run_anew_in_a_folder_of_its_own(tmp_path, monkeypatch):
+    """And the project's results and outputs stay."""
+    cells = [Cell("a", [log("a")], {})]
+    assert run(cells)
+    kept = result("a")
+    monkeypatch.setattr(sys, "argv", ["table.py", "--into", f"{tmp_path / 'anew'}"])
+    monkeypatch.setattr(signal, "signal", lambda number, handler: None)
+    running.main("", lambda args: [Cell("a", [log("a")], {})], "table")
+    anew = json.loads((tmp_path / "anew" / "results" / "table" / "a.json").read_text())
+    assert anew["commands"] != kept["commands"]
+    assert (tmp_path / "anew" / "output" / "table" / "a" / "log.txt").exists()
+    assert json.loads((tmp_path / "results" / "table" / "a.json").read_text()) == kept
+
+
 def test_an_error_in_a_cell_is_said_and_the_others_go_on(capsys, monkeypatch):
     monkeypatch.setattr(
         running, "collect", lambda folder: {}["bad"] if "bad" in str(folder) else {}
