@@ -5,14 +5,13 @@
 torchvision downloads the archive (170 MB) to OUT/download, unless it is there.
 """
 
-import argparse
-import sys
 from pathlib import Path
 
 import running  # noqa: F401  finds util
 from PIL import Image
 from torchvision.datasets import CIFAR10
 
+from util import cli
 from util.errors import UserError
 
 
@@ -24,27 +23,21 @@ def write(images, folder):
         Image.fromarray(pixels).save(folder / images.classes[label] / f"{number:05d}.png")
 
 
-def main():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("out", type=Path, metavar="OUT", help="folder to write")
-    out = parser.parse_args().out
-    try:
-        for part, train in (("train", True), ("val", False)):
-            try:
-                images = CIFAR10(out / "download", train=train, download=True)
-            except (OSError, RuntimeError) as error:  # no network, or a damaged archive
-                raise UserError(
-                    f"CIFAR-10 can't be downloaded ({error}): put cifar-10-python.tar.gz into "
-                    f"{out / 'download'}"
-                ) from error
-            write(images, out / part)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+def main(args):
+    out = args.out
+    for part, train in (("train", True), ("val", False)):
+        try:
+            images = CIFAR10(out / "download", train=train, download=True)
+        except (OSError, RuntimeError) as error:  # no network, or a damaged archive
+            raise UserError(
+                f"CIFAR-10 can't be downloaded ({error}): put cifar-10-python.tar.gz into "
+                f"{out / 'download'}"
+            ) from error
+        write(images, out / part)
     print(f"{out}: 50,000 training and 10,000 held-out images of 10 classes")
 
 
 if __name__ == "__main__":
-    main()
+    parser = cli.ArgumentParser(description=__doc__)
+    parser.add_argument("out", type=Path, metavar="OUT", help="folder to write")
+    cli.run(main, parser)

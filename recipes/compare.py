@@ -3,23 +3,25 @@
     python recipes/fashion_mnist.py --into DIR
     python recipes/compare.py DIR
 
-A row is a figure: its mean over the seeds in recipes/results, and in DIR. A difference of more than
-two standard errors (Welch) is more than noise, if there are three seeds of both.
+Each row is one figure, with its mean over the seeds here and in DIR. The exit code is 1 if a mean
+differs by more than two standard deviations of the project's seeds, or is missing. All rows of MAE
+hang on one pre-training: if that differs, as it may on another processor, they move together.
 """
 
-import argparse
 import sys
 from pathlib import Path
-from statistics import mean
+from statistics import mean, stdev
 
 import figures
 import running
 
 from benchmarks.table import grid
+from util import cli
 from util.errors import UserError
 
-EQUAL, NOISE, MORE, UNKNOWN = "equal", "within the noise", "more than noise", "too few seeds"
-HEAD = ["figure", "project's", "anew", "difference", "standard error", ""]
+STANDARD_DEVIATIONS = 2
+EQUAL, WITHIN, BEYOND, ONE_SEED = "equal", "within the spread", "beyond it", "one seed"
+HEAD = ["figure", "project's", "anew", "by seed", ""]
 
 
 def measures(cell):
@@ -30,67 +32,83 @@ def measures(cell):
             found[f"accuracy, {name}"] = [content["test_acc1"]]
         elif name.endswith("knn.json"):
             found |= {f"k-NN, {percent}%": values for percent, values in content.items()}
-        elif "val_loss" in content[-1]:
+        elif name.endswith("log.txt") and content and "val_loss" in content[-1]:
             found["held-out loss"] = [content[-1]["val_loss"]]
     return found
 
 
 def gathered(cells):
-    """{(what a cell is, name of a figure): one of each seed}."""
+    """{name of a figure: one of each seed}."""
     found = {}
     for cell in sorted(cells, key=lambda cell: cell["seed"]):
         about = ", ".join(f"{name} {value}" for name, value in cell["about"].items())
         for name, values in measures(cell).items():
-            found.setdefault((about, name), []).extend(values)
+            found.setdefault(f"{about}: {name}", []).extend(values)
     return found
 
 
-def compare(table, anew):
-    """The rows of a table, of the project's results and of those in the folder `anew`."""
-    own, again = gathered(figures.read(table)), gathered(figures.read(table, anew))
-    return [
-        [f"{about}: {name}", *compared(values, again.get((about, name), []))]
-        for (about, name), values in own.items()
-    ]
+def check_same_commands(own, again, output):
+    """Refuse, with a UserError, cells that were run by other commands, or that only one side has.
+
+    Args:
+        own, again: cells of the project, and those that were run anew.
+        output: folder of the latter's outputs, as their commands name it.
+    """
+    names = [{cell["cell"] for cell in cells} for cells in (own, again)]
+    if only := sorted(names[1] - names[0]):
+        raise UserError(f"{running.shown(running.RESULTS)} has no {', '.join(only)}")
+    lines_of = {cell["cell"]: cell["commands"] for cell in own}
+    for cell in again:
+        lines = [
+            line.replace(f"{output}", f"{running.shown(running.OUTPUT)}")
+            for line in cell["commands"]
+        ]
+        if lines != lines_of[cell["cell"]]:
+            raise UserError(f"{cell['table']}: {cell['cell']} was run anew by other commands")
 
 
 def compared(values, others):
-    """Texts: the figures of the project's seeds, of those that were run anew, the difference."""
-    texts = [figures.mean_and_std(numbers, len(numbers)) for numbers in (values, others)]
-    if not others:
-        return texts
-    difference = figures.difference(others, values)
+    """Texts: the figures of the project's seeds, those that were run anew, their differences."""
+    texts = [figures.mean_and_std(numbers, len(values)) for numbers in (values, others)]
+    if len(others) < len(values):
+        return [*texts, "", figures.NOT_RUN]
+    differences = [other - value for value, other in zip(values, others, strict=True)]
     if values == others:
         said = EQUAL
-    elif difference is None:
-        said = UNKNOWN
+    elif len(values) < 2:
+        said = ONE_SEED
     else:
-        said = NOISE if figures.verdict(difference) == NOISE else MORE
-    error = f"{difference[1]:.2f}" if difference else ""
-    return [*texts, f"{mean(others) - mean(values):+.2f}", error, said]
+        spread = STANDARD_DEVIATIONS * stdev(values)
+        said = WITHIN if abs(mean(differences)) <= spread else BEYOND
+    return [*texts, " ".join(f"{points:+.2f}" for points in differences), said]
 
 
-def main():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("folder", type=Path, metavar="DIR", help="as a table's --into")
-    anew = parser.parse_args().folder.resolve() / running.RESULTS.name
-    try:
-        tables = [path.name for path in sorted(anew.glob("*")) if figures.read(path.name)]
-        if not tables:
-            raise UserError(f"{anew} has no results of a table in {running.shown(running.RESULTS)}")
-        for table in tables:
-            rows = compare(table, anew)
-            print(f"{table}, project's: {figures.origin(figures.read(table))}")
-            print(f"{table}, anew: {figures.origin(figures.read(table, anew))}")
-            print(grid(HEAD, rows))
-            counts = [f"{sum(row[-1] == s for row in rows)} {s}" for s in (EQUAL, NOISE, MORE)]
-            print(f"{table}: of {len(rows)} figures {', '.join(counts)}")
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+def compare(table, folder):
+    """Print a table's rows; whether all figures are there and within the spread."""
+    own, again = figures.read(table), figures.read(table, folder / running.RESULTS.name)
+    check_same_commands(own, again, running.shown(folder / running.OUTPUT.name))
+    found = gathered(again)
+    rows = [
+        [name, *compared(values, found.get(name, []))] for name, values in gathered(own).items()
+    ]
+    print(f"{table}, project's: {figures.origin(own)}\n{table}, anew: {figures.origin(again)}\n")
+    print(grid(HEAD, rows))
+    verdicts = [row[-1] for row in rows]
+    counts = [f"{verdicts.count(verdict)} {verdict}" for verdict in dict.fromkeys(verdicts)]
+    print(f"{table}: of {len(rows)} figures {', '.join(counts)}")
+    return not {BEYOND, figures.NOT_RUN} & {*verdicts}
+
+
+def main(args):
+    folder = args.folder.resolve()
+    tables = sorted(path.name for path in (folder / running.RESULTS.name).glob("*"))
+    if not tables:
+        raise UserError(f"{args.folder} holds no results: run a table with --into {args.folder}")
+    found = [compare(table, folder) for table in tables]
+    sys.exit(0 if all(found) else 1)
 
 
 if __name__ == "__main__":
-    main()
+    parser = cli.ArgumentParser(description=__doc__)
+    parser.add_argument("folder", type=Path, metavar="DIR", help="as a table's --into")
+    cli.run(main, parser)

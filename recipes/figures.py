@@ -8,16 +8,28 @@ import running
 
 from util.errors import UserError
 
-NOT_RUN = "not run"
+NOT_RUN, NOISE = "not run", "within the noise"
 STANDARD_ERRORS = 2  # a larger difference is more than noise
-LEAST_SEEDS = 3  # with two of each, a third of equal pairs would differ by more
+LEAST_SEEDS = 3  # with two, 30% of comparisons of equals would differ by more
 
 
 def read(table, results=None):
-    """The JSON of the table's cells that were run, by name, of a folder of results or the
-    project's."""
-    folder = (results or running.RESULTS) / table
-    return [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
+    """The JSON of a table's done cells, sorted by name.
+
+    Args:
+        table: its name.
+        results: folder of the results; the project's if not given.
+
+    Raises:
+        UserError: a file is damaged.
+    """
+    cells = []
+    for path in sorted(((results or running.RESULTS) / table).glob("*.json")):
+        try:
+            cells.append(json.loads(path.read_bytes()))
+        except ValueError as error:
+            raise UserError(f"{running.shown(path)} is damaged: run its cell again") from error
+    return cells
 
 
 def select(cells, **about):
@@ -80,20 +92,22 @@ def mean_and_std(values, expected):
 
 
 def difference(values, others):
-    """(difference of the means, its standard error by Welch), None with too few of either."""
-    if min(len(values), len(others)) < LEAST_SEEDS:
+    """(mean of the seeds' differences, its standard error), None with too few seeds of either.
+
+    Args:
+        values, others: one for each seed, of the same seeds.
+    """
+    if len(values) != len(others) or len(values) < LEAST_SEEDS:
         return None
-    error = math.sqrt(sum(statistics.variance(v) / len(v) for v in (values, others)))
-    return statistics.mean(values) - statistics.mean(others), error
+    found = [value - other for value, other in zip(values, others, strict=True)]
+    return statistics.mean(found), statistics.stdev(found) / math.sqrt(len(found))
 
 
 def verdict(compared):
     """What a `difference` says of the first of its two."""
-    if compared is None:
-        return NOT_RUN
     points, error = compared
     if abs(points) <= STANDARD_ERRORS * error:
-        return "within the noise"
+        return NOISE
     return "ahead" if points > 0 else "behind"
 
 

@@ -1,6 +1,6 @@
 """Image folders for the recipes, made of links to a folder DIR/{train,val}/CLASS.
 
-The training images that keep their labels are a draw of the seed, equally many of each class.
+The training images that keep their labels are a draw of the seed, the same share of each class.
 Folders are planned when cells are made, and made when cells are run.
 """
 
@@ -31,14 +31,16 @@ def source(name, path):
         if not (Path(path) / part).is_dir():
             raise UserError(f"{path}/{part} is missing: give the folder that holds train and val")
     link, target = DATA / name, Path(path).resolve()
+    if link.is_symlink() and link.resolve() != target:
+        raise UserError(
+            f"{shown(link)} is a link to {link.resolve()}: for the same images in another place, "
+            f"delete it and {shown(link)}-*; for others, the outputs and results of its cells, too"
+        )
+    if link.exists() and not link.is_symlink():
+        raise UserError(f"{shown(link)} is to become a link to the images: move it elsewhere")
     if not link.is_symlink():
         DATA.mkdir(parents=True, exist_ok=True)
         link.symlink_to(target)
-    elif link.resolve() != target:
-        raise UserError(
-            f"{shown(link)} is a link to {link.resolve()}: for other images, delete it and "
-            f"{shown(link)}-*, and the results of its cells"
-        )
     return link.relative_to(ROOT)
 
 

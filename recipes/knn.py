@@ -7,7 +7,6 @@ seeds, the same as in recipes/folders.py. The output holds percentages: {"100": 
 [three], ...}.
 """
 
-import argparse
 import json
 from pathlib import Path
 
@@ -16,7 +15,7 @@ import numpy as np
 import running  # noqa: F401  finds util
 import torch
 
-from util import knn
+from util import cli, knn
 
 SEEDS = 3
 NEIGHBOURS = 20
@@ -41,19 +40,16 @@ def accuracies(bank, queries, percents):
     return found
 
 
-def main():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--bank", required=True, metavar="FILE.npz", help="labelled images")
-    parser.add_argument("--queries", required=True, metavar="FILE.npz", help="held-out images")
-    parser.add_argument("--percents", type=int, nargs="+", default=[100], help="of the labels")
-    parser.add_argument("--output", required=True, type=Path, metavar="FILE.json")
-    args = parser.parse_args()
+def main(args):
     found = accuracies(np.load(args.bank), np.load(args.queries), args.percents)
     args.output.write_text(json.dumps(found) + "\n")
     print(found)
 
 
 if __name__ == "__main__":
-    main()
+    parser = cli.ArgumentParser(description=__doc__)
+    parser.add_argument("--bank", required=True, metavar="FILE.npz", help="labelled images")
+    parser.add_argument("--queries", required=True, metavar="FILE.npz", help="held-out images")
+    parser.add_argument("--percents", type=int, nargs="+", default=[100], help="of the labels")
+    parser.add_argument("--output", required=True, type=Path, metavar="FILE.json")
+    cli.run(main, parser)

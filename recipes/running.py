@@ -4,7 +4,6 @@ A cell that has its JSON file in recipes/results is done and skipped. One that w
 on where it was, because its commands do. Cells are independent, but for those that they need.
 """
 
-import argparse
 import concurrent.futures
 import contextlib
 import fcntl
@@ -34,6 +33,7 @@ from util.errors import UserError  # noqa: E402
 
 RESULTS = ROOT / "recipes" / "results"
 OUTPUT = ROOT / "recipes" / "output"
+ATTEMPTS = "attempts.json"  # in a cell's output folder
 
 
 @dataclass
@@ -82,10 +82,21 @@ def shown(path):
     return path.relative_to(ROOT) if path.is_relative_to(ROOT) else path
 
 
-def keep_in(folder):
-    """Have outputs and results below `folder`, so that tables are run anew."""
+def write_below(folder):
+    """Have outputs and results below `folder`, so that tables are run anew.
+
+    Raises:
+        UserError: there are results of another commit.
+    """
     global OUTPUT, RESULTS
     OUTPUT, RESULTS = folder.resolve() / OUTPUT.name, folder.resolve() / RESULTS.name
+    for path in sorted(RESULTS.glob("*/*.json")):
+        commit = json.loads(path.read_bytes())["commit"]
+        if commit != report.COMMIT:
+            raise UserError(
+                f"{folder} holds results of commit {commit}, this is {report.COMMIT}: delete it, "
+                "or take another folder"
+            )
 
 
 def flags(settings):
@@ -108,9 +119,7 @@ def main(description, make_cells, table, add_flags=None, prepare=lambda: None):
         add_flags: adds the script's own flags to the parser.
         prepare: called before cells are run.
     """
-    parser = argparse.ArgumentParser(
-        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = cli.ArgumentParser(description=description)
     parser.add_argument(
         "--only",
         nargs="+",
@@ -119,12 +128,9 @@ def main(description, make_cells, table, add_flags=None, prepare=lambda: None):
         help="run these cells and what they need; * stands for any letters",
     )
     parser.add_argument(
-        "--jobs",
-        type=cli.integer(1),
-        default=cli.cores(),
-        help="cells at a time, each on one core; all cores if not given",
+        "--jobs", type=cli.integer(1), default=cli.cores(), help="cells at a time, a core each"
     )
-    parser.add_argument("--list", action="store_true", help="list the cells, run none")
+    parser.add_argument("--list", action="store_true", help="list these cells, run none")
     parser.add_argument(
         "--into",
         type=Path,
@@ -133,28 +139,29 @@ def main(description, make_cells, table, add_flags=None, prepare=lambda: None):
     )
     if add_flags:
         add_flags(parser)
-    args = parser.parse_args()
-    if args.into:
-        keep_in(args.into)
+    cli.run(lambda args: start(args, make_cells, table, prepare), parser)
+
+
+def start(args, make_cells, table, prepare):
+    """Run or list a table's cells; the arguments are `main`'s and its flags."""
     # A shell starts what runs in the background with Ctrl-C ignored, and jobs are ended by TERM.
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.default_int_handler)
+    if args.into:
+        write_below(args.into)
+    table = Table(table, make_cells(args))
+    chosen = choose(table, args.only)
+    if args.list:
+        for cell in [cell for cell in table.cells.values() if cell.name in chosen]:
+            print("done   " if table.result(cell).exists() else "not run", cell.name)
+        return
     try:
-        table = Table(table, make_cells(args))
-        chosen = choose(table, args.only)
-        if args.list:
-            for cell in table.cells.values():
-                print("done   " if table.result(cell).exists() else "not run", cell.name)
-        else:
-            prepare()
-            if not run(table, chosen, args.jobs):
-                sys.exit(1)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        prepare()
+        if not run(table, chosen, args.jobs):
+            sys.exit(1)
     except KeyboardInterrupt:
         print("interrupted: the same command goes on", file=sys.stderr)
-        sys.exit(130)
+        raise
 
 
 def choose(table, patterns):
@@ -179,7 +186,7 @@ def run(table, chosen, jobs):
     waiting = [cell for cell in cells if not table.result(cell).exists()]
     for cell in waiting:  # and what others need of a done cell, if its output is gone
         needed = [table.cells[name] for name in cell.needs]
-        waiting += [n for n in needed if not (n in waiting or (ROOT / table.output(n)).exists())]
+        waiting += [n for n in needed if n not in waiting and not is_whole(table, n)]
     waiting.sort(key=cells.index)
     done = {cell.name for cell in cells if cell not in waiting}
     total = len(waiting)
@@ -201,13 +208,20 @@ def run(table, chosen, jobs):
                 for future in finished:
                     cell = running.pop(future)
                     (done.add if future.result() else failed.append)(cell.name)
-                    print(f"{total - len(waiting) - len(running)} of {total} cells", flush=True)
+                    ended = total - len(waiting) - len(running)
+                    print(f"{ended} of {total} cells, {len(failed)} failed", flush=True)
         except BaseException:
             runner.stop()
             raise
     for cell in waiting:
         print(f"not run: {cell.name}, which needs {', '.join(cell.needs)}")
     return not failed and not waiting
+
+
+def is_whole(table, cell):
+    """Whether all commands of a cell have ended well and left their output."""
+    path = ROOT / table.output(cell) / ATTEMPTS
+    return path.exists() and Attempts(path, lines(cell)).kept.get("finished", False)
 
 
 def check_unchanged(table, cells):
@@ -256,7 +270,7 @@ class Runner:
 
     def run_in(self, folder, cell):
         """Run a cell, whose folder is locked; whether it succeeded."""
-        attempts = Attempts(folder / "attempts.json", lines(cell))
+        attempts = Attempts(folder / ATTEMPTS, lines(cell))
         for number, command in enumerate(cell.commands):
             print(f"{cell.name}: python {shlex.join(command)}", flush=True)
             code = self.execute(number, command, folder / "console.txt", attempts)
@@ -264,7 +278,11 @@ class Runner:
                 if not self.stopped:
                     print(f"failed: {cell.name}, see {folder / 'console.txt'}", flush=True)
                 return False
+        attempts.finish()
         path = self.table.result(cell)
+        if path.exists():
+            print(f"{cell.name}: done again, as its output was gone; {shown(path)} stays")
+            return True
         path.parent.mkdir(parents=True, exist_ok=True)
         record = {
             "table": self.table.name,
@@ -273,7 +291,6 @@ class Runner:
             "seed": cell.seed,
             "commands": lines(cell),
             **attempts.totals(),
-            "commit": report.COMMIT,
             "hardware": report.hardware(threads=1),
             "amp_auto": computing_type(),
             "versions": {"python": platform.python_version()} | report.versions(),
@@ -283,8 +300,8 @@ class Runner:
         return True
 
     def execute(self, number, command, console, attempts):
-        """Run a cell's command on one core, its output at the end of a file; its exit code."""
-        environment = os.environ | {"OMP_NUM_THREADS": "1"}
+        """Run a cell's command on a CPU's core, its output at the end of a file; its exit code."""
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
         started = time.time()
         with open(console, "ab") as file, self.lock:
             if self.stopped:
@@ -350,12 +367,17 @@ class Attempts:
     def begin(self, number, started):
         """A command, the cell's `number`-th, starts; `started` in seconds since 1970."""
         time_of_day = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(started))
-        self.all.append({"command": number, "started": time_of_day})
+        self.all.append({"command": number, "started": time_of_day, "commit": report.COMMIT})
         self.write()
 
     def end(self, wall_s, cpu_s):
         """It has ended, after so many seconds, and so many of a core."""
         self.all[-1] |= {"wall_s": wall_s, "cpu_s": cpu_s}
+        self.write()
+
+    def finish(self):
+        """All commands have ended well."""
+        self.kept["finished"] = True
         self.write()
 
     def totals(self):
@@ -373,6 +395,7 @@ class Attempts:
             "cpu_s": total("cpu_s"),
             "parts": [{"wall_s": total("wall_s", n), "cpu_s": total("cpu_s", n)} for n in numbers],
             "attempts_without_times": len(self.all) - len(known),
+            "commit": ", ".join(dict.fromkeys(attempt["commit"] for attempt in self.all)),
         }
 
 
@@ -383,6 +406,6 @@ def collect(folder):
         name = str(path.relative_to(folder))
         if path.name == "log.txt":
             found[name] = [json.loads(line) for line in path.read_text().splitlines()]
-        elif path.suffix == ".json" and not path.name.startswith(".") and name != "attempts.json":
+        elif path.suffix == ".json" and not path.name.startswith(".") and name != ATTEMPTS:
             found[name] = json.loads(path.read_text())
     return found

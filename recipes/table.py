@@ -1,11 +1,11 @@
-"""Make docs/results.md, its pictures, the README's table and what recipes/small tells from the JSON
-files in recipes/results.
+"""Make docs/results.md, its pictures, the tables in README.md and in the encoder's card, and what
+recipes/small tells from the JSON files in recipes/results.
 
-python recipes/table.py            # writes them; only pictures of new data need matplotlib
-python recipes/table.py --check    # says which of them isn't what the JSON files make
+    python recipes/table.py            # writes them; only pictures of new data need matplotlib
+    python recipes/table.py --check    # says which of them isn't what the JSON files make
 """
 
-import argparse
+import os
 import re
 import sys
 import textwrap
@@ -19,12 +19,14 @@ import section_trials
 import section_worth
 
 from benchmarks.table import put_between
-from util.errors import UserError
+from util import cli
 
 PAGE = running.ROOT / "docs" / "results.md"
 README = running.ROOT / "README.md"
+CARD = running.ROOT / "recipes" / "encoders" / "nano_cifar10" / "README.md"
 SMALL = running.ROOT / "recipes" / "small"  # TABLE.sh are a table's commands with all labels
 START, END = "<!-- results -->\n", "<!-- /results -->\n"
+IN_README = "fashion_mnist"
 WIDTH = 120
 
 INTRODUCTION = f"""# Results
@@ -39,9 +41,9 @@ is one run with one seed and has one JSON file: commands, times, commit, hardwar
 - **71.3 ± 0.4, n = 3** is a mean and the sample standard deviation over 3 seeds. A seed decides the
   weights that start at random, the order of the images, their augmentation and, with less than all
   labels, which images keep theirs.
-- **Time** is processor time of one core: of all commands of a run, with loading and evaluation.
-  Wall time says less, because other work shared the machine.
-- **Not run** is said wherever a cell is missing, and "2 of 3 seeds" where some are.
+- **Time** is processor time: of all commands of a run, with loading and evaluation. Wall time says
+  less, because other work shared the machine. Runs compute on one core of a CPU, never on a GPU.
+- A missing cell says **not run**. If some seeds are missing, it says "2 of 3 seeds".
 - **What was decided on which data**: [trials](#trials) chose learning rates, layer decay, crop,
   augmentation, batch, decoder and target. They hold out a tenth of CIFAR-10's training images and
   never see the real held-out ones. They are short: the long rows from scratch were not tuned on
@@ -57,31 +59,22 @@ is one run with one seed and has one JSON file: commands, times, commit, hardwar
 """
 
 
-def main():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--check", action="store_true", help="write nothing; exit code 1 if stale")
-    args = parser.parse_args()
-    try:
-        text, charts = page()
-        pages = {
-            PAGE: text,
-            README: put_between(README.read_text(), START, END, readme_section()),
-        }
-        pages |= {path: script(path) for path in sorted(SMALL.glob("*.sh"))}
-        if args.check:
-            wrong = [path for path, made in pages.items() if content(path) != made]
-            wrong += plots.stale(charts)
-            for path in wrong:
-                print(f"{path.relative_to(running.ROOT)} is out of date: python recipes/table.py")
-            sys.exit(1 if wrong else 0)
-        plots.save(charts)
-        for path, made in pages.items():
-            path.write_text(made)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+def main(args):
+    text, charts = page()
+    pages = {PAGE: text}
+    for path, table in ((README, IN_README), (CARD, "cifar10")):
+        made = accuracies(table, os.path.relpath(PAGE, path.parent))
+        pages[path] = put_between(path.read_text(), START, END, made)
+    pages |= {path: script(path) for path in sorted(SMALL.glob("*.sh"))}
+    if args.check:
+        wrong = [path for path, made in pages.items() if content(path) != made]
+        wrong += plots.stale(charts)
+        for path in wrong:
+            print(f"{path.relative_to(running.ROOT)} is out of date: python recipes/table.py")
+        sys.exit(1 if wrong else 0)
+    plots.save(charts)
+    for path, made in pages.items():
+        path.write_text(made)
 
 
 def content(path):
@@ -121,15 +114,14 @@ def fill(text):
     )
 
 
-def readme_section():
-    page = "[docs/results.md](docs/results.md)"
-    cells = figures.read("cifar10")
-    if not figures.select(cells, what="finetune", model="nano"):
-        return f"*More results, and how to make them again: {page}.*\n"
-    title, command = "CIFAR-10, `nano`: accuracy (%)", section_transfer.TABLES["cifar10"][3]
+def accuracies(table, page):
+    """The nano model's accuracies, and where there is more, at the path `page`."""
+    shown = section_transfer.TABLES[table]
+    title = f"{shown.title}, `nano`: accuracy (%)"
     return (
-        section_transfer.accuracy_table(cells, "nano", title)
-        + f"\n*Mean ± standard deviation over n seeds: `{command}`, see {page}.*\n"
+        section_transfer.accuracy_table(figures.read(table), "nano", title)
+        + f"\n*Mean ± standard deviation over n seeds: `{shown.command}`, see "
+        + f"[docs/results.md]({page}).*\n"
     )
 
 
@@ -140,5 +132,11 @@ def script(path):
     return re.sub(r"(^# measured: .*\n)+", lambda _: told, path.read_text(), flags=re.MULTILINE)
 
 
+def parser():
+    made = cli.ArgumentParser(description=__doc__)
+    made.add_argument("--check", action="store_true", help="write nothing; exit code 1 if stale")
+    return made
+
+
 if __name__ == "__main__":
-    main()
+    cli.run(main, parser())

@@ -16,7 +16,7 @@ PERCENTS = (100, 10, 1)
 
 @dataclass
 class Settings:
-    """Of a table.
+    """A table's settings.
 
     Attributes:
         pretrain, classify: flags of the pre-training, and those of all classifiers.
@@ -24,7 +24,8 @@ class Settings:
         epochs: {percent of the labels: epochs of fine-tuning}.
         probe_epochs: {percent of the labels: epochs of the probe}.
         copies: {percent of the labels: how often an image stands in an epoch}.
-        image_cost: computing for an image in pre-training, as a share of that in fine-tuning.
+        image_cost: computing for an image in pre-training, as a share of that in fine-tuning; by
+            first runs, and how near it was is in the table of times.
     """
 
     pretrain: dict

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import shutil
 import subprocess
 import sys
@@ -27,6 +28,8 @@ from helpers import ROOT
 
 import main_pretrain
 import models_mae
+from util import cli
+from util.errors import UserError
 
 
 def cell(about, seed=0, cpu_s=3600.0, **outputs):
@@ -119,11 +122,16 @@ def project(tmp_path, monkeypatch):
     """A project's root without results; call it with a table's name and cells to add them."""
     monkeypatch.setattr(running, "ROOT", tmp_path)
     monkeypatch.setattr(running, "RESULTS", tmp_path / "recipes" / "results")
+    monkeypatch.setattr(running, "OUTPUT", tmp_path / "recipes" / "output")
     monkeypatch.setattr(plots, "FOLDER", tmp_path / "docs" / "images" / "results")
     monkeypatch.setattr(table, "PAGE", tmp_path / "docs" / "results.md")
     monkeypatch.setattr(table, "README", tmp_path / "README.md")
+    monkeypatch.setattr(table, "CARD", tmp_path / "encoder" / "README.md")
+    monkeypatch.setattr(table, "IN_README", "cifar10")
     monkeypatch.setattr(table, "SMALL", tmp_path / "recipes" / "small")
-    table.README.write_text(f"before\n{table.START}old\n{table.END}after\n")
+    table.CARD.parent.mkdir()
+    for path in (table.README, table.CARD):
+        path.write_text(f"before\n{table.START}old\n{table.END}after\n")
 
     def add(name, cells):
         folder = running.RESULTS / name
@@ -141,7 +149,7 @@ def run(monkeypatch, *flags):
     """The exit code of recipes/table.py."""
     monkeypatch.setattr(sys, "argv", ["table.py", *flags])
     try:
-        table.main()
+        cli.run(table.main, table.parser())
     except SystemExit as end:
         return end.code
     return 0
@@ -178,17 +186,20 @@ def test_mean_and_sample_standard_deviation(values, expected, text):
     assert figures.mean_and_std(values, expected) == text
 
 
-def test_a_difference_has_welch_s_standard_error():
-    """By hand, the samples' variances being 4 and 1; and scipy's statistic."""
+def test_a_difference_is_that_of_the_same_seeds():
+    """By hand: 20, 21 and 22, whose standard deviation is 1; and scipy's statistic."""
     samples = [70.0, 72.0, 74.0], [50.0, 51.0, 52.0]
-    points, error = figures.difference(*samples)
-    assert (points, error) == pytest.approx((21.0, math.sqrt(4 / 3 + 1 / 3)))
+    assert figures.difference(*samples) == pytest.approx((21.0, math.sqrt(1 / 3)))
     stats = pytest.importorskip("scipy.stats")
-    for own, other in (samples, ([1.0, 2.5, 2.0, 1.5], [3.0, 3.5, 7.0])):
+    for own, other in (samples, ([1.0, 2.5, 2.0, 1.5], [3.0, 3.5, 7.0, 1.0])):
         points, error = figures.difference(own, other)
-        statistic = stats.ttest_ind(own, other, equal_var=False).statistic
-        assert points / error == pytest.approx(statistic)
+        assert points / error == pytest.approx(stats.ttest_rel(own, other).statistic)
+    # What the page says of the rule.
+    assert 2 * stats.t.sf(figures.STANDARD_ERRORS, figures.LEAST_SEEDS - 1) == pytest.approx(
+        0.18, abs=0.005
+    )
     assert figures.difference([1.0, 2.0], [3.0, 4.0, 5.0]) is None
+    assert figures.difference([1.0, 2.0], [3.0, 4.0]) is None
 
 
 @pytest.mark.parametrize(
@@ -255,18 +266,19 @@ def test_transfer_by_hand(project):
     assert "epochs: 5.0 h." in text
     compared = [line.split(" | ") for line in text.splitlines() if line.startswith("| 10% | ")]
     assert compared == [
-        ["| 10%", "from scratch, fine-tuning's epochs", "+21.0", "1.3", "ahead |"],
+        ["| 10%", "from scratch, fine-tuning's epochs", "+21.0", "0.6", "ahead |"],
         ["| 10%", section_transfer.ROWS["scratch_long"], "", "", "too few seeds |"],
     ]
-    assert "Pre-training is ahead in every comparison that was run." in text
+    too_few = f"Too few seeds were run of these: {section_transfer.ROWS['scratch_long']} (10%)."
+    assert too_few in text and "ahead in every" not in text
     assert "9 cells: commit abc1234; Zen 5; bfloat16; python 3.12, torch 2.9." in text
 
 
 @pytest.mark.parametrize(
     "finetuned, said",
     [
-        ([49.0, 47.0, 48.0], "Pre-training does not pay, and is behind"),
-        ([51.0, 51.5, 52.0], "No difference was shown to"),
+        ([47.0, 47.0, 48.0], "Pre-training does not pay: it is behind these"),
+        ([51.0, 51.5, 52.0], "No difference was shown from these"),
     ],
 )
 def test_where_pre_training_does_not_pay_is_said(finetuned, said, project):
@@ -274,6 +286,30 @@ def test_where_pre_training_does_not_pay_is_said(finetuned, said, project):
     text, _ = section_transfer.section("cifar10")
     assert f"{said}: {section_transfer.ROWS['scratch']} (10%)." in text
     assert "is ahead in every" not in text
+
+
+def test_pre_training_is_ahead_everywhere_only_if_every_comparison_says_so():
+    assert section_transfer.conclusion({"ahead": ["a"]}) == (
+        "Pre-training is ahead in every comparison.\n\n"
+    )
+    assert section_transfer.conclusion({"ahead": ["a"], figures.NOT_RUN: ["b"]}) == ""
+
+
+def test_chosen_trials_are_the_settings_of_the_table():
+    """The trials' lr is blr times batch / 256."""
+    trials = {"pretrain": cifar10_trials.PRETRAININGS} | cifar10_trials.CLASSIFIERS
+    settings = cifar10.SETTINGS
+    flags = {"pretrain": settings.pretrain, "finetune": settings.finetune}
+    flags |= {"scratch": settings.scratch, "probe": settings.probe}
+    rest = set()
+    for chosen in cifar10_trials.CHOSEN:
+        kind, name = chosen.split("-", 1)
+        used = settings.classify | flags[kind]
+        used |= {"lr": used["blr"] * used["batch_size"] / 256}
+        for flag, value in trials[kind][name].items():
+            assert used[flag] == value, chosen
+        rest.add(kind)
+    assert rest == {*trials}
 
 
 def test_a_setting_that_is_not_given_is_the_command_s():
@@ -290,14 +326,15 @@ def test_ablations_by_hand(project, monkeypatch):
     project("ablations", ablation_cells())
     text, charts = section_worth.ablations_section()
     assert rows_of(text, "mask ratio") == {
+        "0.1": ["not run"] * 4 + ["54.6"],
         "0.25": [*(f"{a} ± 0.7, n = 2" for a in (55.5, 60.5, 65.5)), "3.0"],
         "0.5": ["not run"] * 4,
-        "0.75": [*(f"{a} ± 1.4, n = 2" for a in ("61.0", "66.0", "71.0")), "3.0"],
+        "0.75": [*(f"{a} ± 1.4, n = 2" for a in ("61.0", "66.0", "71.0")), "3.0", "73.5"],
         "0.9": ["not run"] * 4,
     }
     depths = rows_of(text, "decoder blocks")
     assert [*depths] == ["1", "2", "4", "8", "12"]
-    assert depths["2"] == [*rows_of(text, "mask ratio")["0.75"], "70.0", "84.9"]
+    assert depths["2"] == [*rows_of(text, "mask ratio")["0.75"][:4], "70.0", "84.9"]
     assert depths["12"] == ["not run"] * 4 + ["73.3", "84.4"]
     raw = ["40.0, 1 of 2 seeds", "45.0, 1 of 2 seeds", "50.0, 1 of 2 seeds", "3.0", "73.5", "84.9"]
     assert rows_of(text, "pixels to predict")["raw"] == raw
@@ -316,7 +353,7 @@ def test_ablations_by_hand(project, monkeypatch):
 def test_the_cheap_recipe_by_hand(project):
     project("efficient", cheap_cells())
     text, (chart,) = section_worth.cheap_section()
-    rows = [line.split(" | ") for line in text.splitlines() if "cheap one" in line]
+    rows = [line.split(" | ") for line in text.splitlines() if line.startswith("| the cheap one")]
     _, budgets, _, *columns = zip(*rows, strict=True)
     assert budgets == ("1", "2", "4")
     assert columns == [
@@ -415,34 +452,71 @@ def test_paragraphs_are_filled_and_tables_are_not():
 # ---- a table that was run anew
 
 
-def test_a_table_run_anew_is_compared_figure_by_figure(project, tmp_path, monkeypatch, capsys):
-    """By hand: 1.0 point with variances of 4 and 4, so a standard error of sqrt(8 / 3)."""
-    project("fashion_mnist", transfer_cells())
-    committed = running.RESULTS
-    monkeypatch.setattr(running, "RESULTS", tmp_path / "anew" / "results")
-    cells = transfer_cells(finetuned=(71.0, 73.0, 75.0), scratch=(60.0, 61.0, 62.0))
-    project("fashion_mnist", cells[:-1])
-    monkeypatch.setattr(running, "RESULTS", committed)
-    monkeypatch.setattr(sys, "argv", ["compare.py", f"{tmp_path / 'anew'}"])
-    compare.main()
-    said = capsys.readouterr().out
-    found = rows_of(said[said.index("| figure") :], "figure")
+@pytest.fixture
+def anew(project, tmp_path, monkeypatch, capsys):
+    """Call it with a table's cells, and those that were run anew; (exit code, output, rows)."""
 
-    def of(what):
-        return next(row for name, row in found.items() if name.startswith(f"what {what},"))
+    def run_compare(cells, others):
+        project("fashion_mnist", cells)
+        results = running.RESULTS
+        monkeypatch.setattr(running, "RESULTS", tmp_path / "anew" / "results")
+        project("fashion_mnist", others)
+        monkeypatch.setattr(running, "RESULTS", results)
+        with pytest.raises(SystemExit) as end:
+            compare.main(SimpleNamespace(folder=tmp_path / "anew"))
+        said = capsys.readouterr().out
+        return end.value.code, said, rows_of(said, "figure")
 
-    accuracies = ["72.0 ± 2.0, n = 3", "73.0 ± 2.0, n = 3"]
-    assert of("finetune") == [*accuracies, "+1.00", "1.63", "within the noise"]
-    scratch = ["51.0 ± 1.0, n = 3", "61.0 ± 1.0, n = 3", "+10.00", "0.82", "more than noise"]
-    assert of("scratch") == scratch
-    assert of("scratch_long") == ["73.0, n = 1", "not run"]
-    loss = found["what pretrain, model nano, epochs 100: held-out loss"]
-    assert loss == ["0.8, n = 1", "0.8, n = 1", "+0.00", "", "equal"]
-    assert "of 7 figures 4 equal, 1 within the noise, 1 more than noise" in said
-    monkeypatch.setattr(sys, "argv", ["compare.py", f"{tmp_path}"])
-    with pytest.raises(SystemExit):
-        compare.main()
-    assert "has no results of a table in" in capsys.readouterr().err
+    return run_compare
+
+
+def test_a_table_run_anew_is_compared_seed_by_seed(anew):
+    """Fine-tuned: a standard deviation of 2, so that the mean may differ by 4 points."""
+    cells = transfer_cells()
+    others = transfer_cells(finetuned=(71.0, 72.0, 75.0), scratch=(60.0, 61.0, 62.0))
+    code, said, rows = anew(cells, others[:-1])
+    found = {name.split(",")[0]: row for name, row in rows.items() if "accuracy" in name}
+    assert code == 1
+    assert found == {
+        "what finetune": [
+            "72.0 ± 2.0, n = 3",
+            "72.7 ± 2.1, n = 3",
+            "+1.00 +0.00 +1.00",
+            "within the spread",
+        ],
+        "what scratch": [
+            "51.0 ± 1.0, n = 3",
+            "61.0 ± 1.0, n = 3",
+            "+10.00 +10.00 +10.00",
+            "beyond it",
+        ],
+        "what scratch_long": ["73.0, n = 1", "not run", "", "not run"],
+    }
+    loss = rows["what pretrain, model nano, epochs 100: held-out loss"]
+    assert loss == ["0.8, n = 1", "0.8, n = 1", "+0.00", "equal"]
+    assert "of 7 figures 4 equal, 1 within the spread, 1 beyond it, 1 not run" in said
+
+
+def test_a_table_run_anew_with_the_same_figures_is_equal(anew):
+    code, said, _ = anew(transfer_cells(), transfer_cells())
+    assert code == 0
+    assert "of 7 figures 7 equal" in said
+
+
+@pytest.mark.parametrize("name, words", [("cell0", "run anew by other"), ("new", "has no new")])
+def test_only_the_same_cells_are_compared(name, words, project):
+    """Their commands differ in the output folder only."""
+    own = [{"table": "t", "cell": "cell0", "commands": ["python a.py --out recipes/output/t/b"]}]
+    again = [own[0] | {"cell": name, "commands": ["python a.py --out anew/output/t/c"]}]
+    with pytest.raises(UserError, match=words):
+        compare.check_same_commands(own, again, "anew/output")
+    again = [own[0] | {"commands": ["python a.py --out anew/output/t/b"]}]
+    compare.check_same_commands(own, again, "anew/output")
+
+
+def test_a_folder_without_results_is_refused(tmp_path):
+    with pytest.raises(UserError, match="holds no results: run a table with --into"):
+        compare.main(SimpleNamespace(folder=tmp_path))
 
 
 # ---- pictures, and what is out of date
@@ -459,9 +533,10 @@ def all_tables(project):
 def test_what_is_out_of_date_is_said_without_matplotlib(all_tables, tmp_path, monkeypatch, capsys):
     pytest.importorskip("matplotlib")
     assert run(monkeypatch) == 0
-    assert table.README.read_text() == (
-        f"before\n{table.START}{table.readme_section()}{table.END}after\n"
-    )
+    assert "see [docs/results.md](../docs/results.md)" in table.CARD.read_text()
+    before, made, after = re.split("|".join((table.START, table.END)), table.README.read_text())
+    assert (before, after) == ("before\n", "after\n")
+    assert "| MAE, fine-tuned | not run | 72.0 ± 2.0, n = 3 | not run |" in made
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     assert run(monkeypatch, "--check") == 0
     assert capsys.readouterr().out == ""

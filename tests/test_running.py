@@ -8,6 +8,7 @@ import subprocess
 import sys
 import textwrap
 import time
+from types import SimpleNamespace
 
 import cifar10_folder
 import folders
@@ -20,6 +21,7 @@ from helpers import ROOT, write_images
 from PIL import Image
 from running import Cell
 
+from benchmarks import report
 from util.errors import UserError
 
 
@@ -77,11 +79,12 @@ def test_computing_is_counted_in_processes_that_a_command_starts_too():
     assert result("a")["cpu_s"] >= 0.6
 
 
-def test_commands_have_one_core():
-    path = running.ROOT / "threads"
-    text = f"import os; open({str(path)!r}, 'w').write(os.environ['OMP_NUM_THREADS'])"
+def test_commands_have_one_core_and_no_gpu():
+    path = running.ROOT / "environment"
+    names = "OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES"
+    text = f"import os; open({str(path)!r}, 'w').write(repr([os.environ[n] for n in {names}]))"
     assert run([Cell("a", [script(text)], {})])
-    assert path.read_text() == "1"
+    assert path.read_text() == "['1', '']"
 
 
 def test_a_done_cell_is_skipped():
@@ -118,21 +121,26 @@ def test_a_failed_cell_is_named_and_the_others_go_on(capsys):
     assert console.read_text() == "why\n"
 
 
-def test_what_a_cell_needs_is_run_again_if_its_output_is_gone():
+def test_what_a_cell_needs_is_run_again_if_its_output_is_gone(capsys):
+    """To its end, even if that was interrupted; its record stays."""
     path = running.output("table", "first") / "log.txt"
     cells = [
         Cell("first", [log("first")], {}),
         Cell("second", [log("second", f"open({str(path)!r})")], {}, needs=["first"]),
     ]
     assert run(cells)
+    kept = result("first")
     shutil.rmtree(running.OUTPUT)
     assert run(cells) and not running.OUTPUT.exists(), "all are done"
     (running.RESULTS / "table" / "second.json").unlink()
+    (running.ROOT / running.output("table", "first")).mkdir(parents=True)
     assert run(cells, only=["second"])
     assert len(lines_of("first")) == 1
+    assert result("first") == kept
+    assert "first: done again, as its output was gone" in capsys.readouterr().out
 
 
-def test_a_table_is_run_anew_in_a_folder_of_its_own(tmp_path, monkeypatch):
+def test_a_table_is_run_anew_in_a_folder_of_its_own(tmp_path, monkeypatch, capsys):
     """And the project's results and outputs stay."""
     cells = [Cell("a", [log("a")], {})]
     assert run(cells)
@@ -140,10 +148,14 @@ def test_a_table_is_run_anew_in_a_folder_of_its_own(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["table.py", "--into", f"{tmp_path / 'anew'}"])
     monkeypatch.setattr(signal, "signal", lambda number, handler: None)
     running.main("", lambda args: [Cell("a", [log("a")], {})], "table")
-    anew = json.loads((tmp_path / "anew" / "results" / "table" / "a.json").read_text())
+    anew = result("a")
     assert anew["commands"] != kept["commands"]
     assert (tmp_path / "anew" / "output" / "table" / "a" / "log.txt").exists()
     assert json.loads((tmp_path / "results" / "table" / "a.json").read_text()) == kept
+    monkeypatch.setattr(report, "COMMIT", "another")
+    with pytest.raises(SystemExit):
+        running.main("", lambda args: [], "table")
+    assert "anew holds results of commit" in capsys.readouterr().err
 
 
 def test_an_error_in_a_cell_is_said_and_the_others_go_on(capsys, monkeypatch):
@@ -301,7 +313,7 @@ def test_a_folder_without_held_out_images_is_refused(tmp_path):
 def test_a_name_stands_for_one_folder(source, images, tmp_path):
     assert folders.source("x", images / ".." / "images") == source
     shutil.copytree(images, tmp_path / "others")
-    with pytest.raises(UserError, match=r"data/x is a link to .*: for other images, delete it"):
+    with pytest.raises(UserError, match=r"data/x is a link to .*: for the same images in"):
         folders.source("x", tmp_path / "others")
 
 
@@ -364,7 +376,7 @@ def test_long_training_costs_what_pretraining_and_finetuning_cost():
     assert transfer.long_epochs(settings, 1) == 730
 
 
-def test_cifar10_becomes_an_image_folder(tmp_path, monkeypatch, capsys):
+def test_cifar10_becomes_an_image_folder(tmp_path, monkeypatch):
     random = np.random.default_rng(0)
 
     class Archive:
@@ -377,8 +389,8 @@ def test_cifar10_becomes_an_image_folder(tmp_path, monkeypatch, capsys):
 
     made = []
     monkeypatch.setattr(cifar10_folder, "CIFAR10", Archive)
-    monkeypatch.setattr(sys, "argv", ["cifar10_folder.py", str(tmp_path / "out")])
-    cifar10_folder.main()
+    args = SimpleNamespace(out=tmp_path / "out")
+    cifar10_folder.main(args)
     for part, images in zip(("train", "val"), made, strict=True):
         for number, name in enumerate(("cat", "dog", "dog", "cat")):
             pixels = Image.open(tmp_path / "out" / part / name / f"0000{number}.png")
@@ -388,6 +400,5 @@ def test_cifar10_becomes_an_image_folder(tmp_path, monkeypatch, capsys):
         raise OSError("no network")
 
     monkeypatch.setattr(cifar10_folder, "CIFAR10", without_network)
-    with pytest.raises(SystemExit, match="2"):
-        cifar10_folder.main()
-    assert "can't be downloaded (no network): put cifar-10-python" in capsys.readouterr().err
+    with pytest.raises(UserError, match=r"downloaded \(no network\): put cifar-10-python"):
+        cifar10_folder.main(args)
