@@ -1,6 +1,5 @@
 """Figures of the cells that were run: read from their JSON, gathered over seeds, compared."""
 
-import json
 import math
 import statistics
 
@@ -14,22 +13,9 @@ LEAST_SEEDS = 3  # with two, 30% of comparisons of equals would differ by more
 
 
 def read(table, results=None):
-    """The JSON of a table's done cells, sorted by name.
-
-    Args:
-        table: its name.
-        results: folder of the results; the project's if not given.
-
-    Raises:
-        UserError: a file is damaged.
-    """
-    cells = []
-    for path in sorted(((results or running.RESULTS) / table).glob("*.json")):
-        try:
-            cells.append(json.loads(path.read_bytes()))
-        except ValueError as error:
-            raise UserError(f"{running.shown(path)} is damaged: run its cell again") from error
-    return cells
+    """The JSON of a table's done cells, sorted by name, in a folder of results or the project's."""
+    folder = (results or running.RESULTS) / table
+    return [running.record(path) for path in sorted(folder.glob("*.json"))]
 
 
 def select(cells, **about):

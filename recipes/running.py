@@ -91,12 +91,24 @@ def write_below(folder):
     global OUTPUT, RESULTS
     OUTPUT, RESULTS = folder.resolve() / OUTPUT.name, folder.resolve() / RESULTS.name
     for path in sorted(RESULTS.glob("*/*.json")):
-        commit = json.loads(path.read_bytes())["commit"]
+        commit = record(path)["commit"]
         if commit != report.COMMIT:
             raise UserError(
                 f"{folder} holds results of commit {commit}, this is {report.COMMIT}: delete it, "
                 "or take another folder"
             )
+
+
+def record(path):
+    """A done cell's JSON.
+
+    Raises:
+        UserError: it is damaged.
+    """
+    try:
+        return json.loads(path.read_bytes())
+    except ValueError as error:
+        raise UserError(f"{shown(path)} is damaged: delete it and run its cell again") from error
 
 
 def flags(settings):
@@ -228,7 +240,7 @@ def check_unchanged(table, cells):
     """Refuse, with a UserError, results of other commands than the cells'."""
     for cell in cells:
         path = table.result(cell)
-        if path.exists() and json.loads(path.read_text())["commands"] != lines(cell):
+        if path.exists() and record(path)["commands"] != lines(cell):
             raise UserError(
                 f"{shown(path)} was made by other commands than this script's: delete "
                 f"it and {table.output(cell)} to run the cell again"
@@ -284,7 +296,7 @@ class Runner:
             print(f"{cell.name}: done again, as its output was gone; {shown(path)} stays")
             return True
         path.parent.mkdir(parents=True, exist_ok=True)
-        record = {
+        made = {
             "table": self.table.name,
             "cell": cell.name,
             "about": cell.about,
@@ -296,7 +308,7 @@ class Runner:
             "versions": {"python": platform.python_version()} | report.versions(),
             "outputs": collect(folder),
         }
-        write_whole(path, f"{json.dumps(record, indent=1)}\n".encode())
+        write_whole(path, f"{json.dumps(made, indent=1)}\n".encode())
         return True
 
     def execute(self, number, command, console, attempts):

@@ -188,6 +188,13 @@ def test_results_of_other_commands_are_refused():
         run([Cell("a", [log("a", "1")], {})])
 
 
+def test_a_damaged_result_is_named():
+    assert run([Cell("a", [log("a")], {})])
+    (running.RESULTS / "table" / "a.json").write_text('{"com')
+    with pytest.raises(UserError, match=r"results/table/a.json is damaged: delete it"):
+        run([Cell("a", [log("a")], {})])
+
+
 def test_a_name_that_no_cell_has_is_refused():
     with pytest.raises(UserError, match="table has no cell b"):
         run([Cell("a", [log("a")], {})], only=["b"])
