@@ -19,6 +19,7 @@ processor has. On a GPU the same run is repeated.
 
 import concurrent.futures
 import contextlib
+import decimal
 import io
 import json
 import multiprocessing
@@ -267,8 +268,9 @@ def curve(recipe, dtype, trained, reruns):
 
 
 def rounded(share):
-    """A relative difference with two digits."""
-    return float(f"{share:.2g}")
+    """A relative difference, rounded up to two digits, so that it is allowed itself."""
+    unit = decimal.Decimal(f"{share:.0e}").scaleb(-1)
+    return float(decimal.Decimal(f"{share:.9g}").quantize(unit, rounding=decimal.ROUND_UP))
 
 
 def shortest(loss):
