@@ -21,6 +21,7 @@ from util.errors import UserError
 
 STANDARD_DEVIATIONS = 2
 EQUAL, WITHIN, BEYOND, ONE_SEED = "equal", "within the spread", "beyond it", "one seed"
+PART = "in part"
 HEAD = ["figure", "project's", "anew", "by seed", ""]
 
 
@@ -38,47 +39,50 @@ def measures(cell):
 
 
 def gathered(cells):
-    """{name of a figure: one of each seed}."""
+    """{name of a figure: {(seed of the cell, number of its draw): one of each}}"""
     found = {}
     for cell in sorted(cells, key=lambda cell: cell["seed"]):
         about = ", ".join(f"{name} {value}" for name, value in cell["about"].items())
         for name, values in measures(cell).items():
-            found.setdefault(f"{about}: {name}", []).extend(values)
+            numbered = {(cell["seed"], number): value for number, value in enumerate(values)}
+            found.setdefault(f"{about}: {name}", {}).update(numbered)
     return found
 
 
 def check_same_commands(own, again, output):
-    """Refuse, with a UserError, cells that were run by other commands, or that only one side has.
+    """Refuse, with a UserError, cells that the project lacks or ran by other commands.
 
     Args:
         own, again: cells of the project, and those that were run anew.
         output: folder of the latter's outputs, as their commands name it.
     """
-    names = [{cell["cell"] for cell in cells} for cells in (own, again)]
-    if only := sorted(names[1] - names[0]):
-        raise UserError(f"{running.shown(running.RESULTS)} has no {', '.join(only)}")
     lines_of = {cell["cell"]: cell["commands"] for cell in own}
     for cell in again:
+        name = f"{cell['table']}/{cell['cell']}"
+        if cell["cell"] not in lines_of:
+            raise UserError(f"{running.shown(running.RESULTS)} has no {name}")
         lines = [
             line.replace(f"{output}", f"{running.shown(running.OUTPUT)}")
             for line in cell["commands"]
         ]
         if lines != lines_of[cell["cell"]]:
-            raise UserError(f"{cell['table']}: {cell['cell']} was run anew by other commands")
+            raise UserError(f"{name} was run anew by other commands than the project's")
 
 
 def compared(values, others):
     """Texts: the figures of the project's seeds, those that were run anew, their differences."""
-    texts = [figures.mean_and_std(numbers, len(values)) for numbers in (values, others)]
-    if len(others) < len(values):
-        return [*texts, "", figures.NOT_RUN]
-    differences = [other - value for value, other in zip(values, others, strict=True)]
-    if values == others:
+    texts = [figures.mean_and_std([*found.values()], len(values)) for found in (values, others)]
+    differences = [others[seed] - values[seed] for seed in values if seed in others]
+    if not others:
+        said = figures.NOT_RUN
+    elif len(differences) < len(values):
+        said = PART
+    elif not any(differences):
         said = EQUAL
     elif len(values) < 2:
         said = ONE_SEED
     else:
-        spread = STANDARD_DEVIATIONS * stdev(values)
+        spread = STANDARD_DEVIATIONS * stdev(values.values())
         said = WITHIN if abs(mean(differences)) <= spread else BEYOND
     return [*texts, " ".join(f"{points:+.2f}" for points in differences), said]
 
@@ -89,14 +93,14 @@ def compare(table, folder):
     check_same_commands(own, again, running.shown(folder / running.OUTPUT.name))
     found = gathered(again)
     rows = [
-        [name, *compared(values, found.get(name, []))] for name, values in gathered(own).items()
+        [name, *compared(values, found.get(name, {}))] for name, values in gathered(own).items()
     ]
     print(f"{table}, project's: {figures.origin(own)}\n{table}, anew: {figures.origin(again)}\n")
     print(grid(HEAD, rows))
     verdicts = [row[-1] for row in rows]
     counts = [f"{verdicts.count(verdict)} {verdict}" for verdict in dict.fromkeys(verdicts)]
     print(f"{table}: of {len(rows)} figures {', '.join(counts)}")
-    return not {BEYOND, figures.NOT_RUN} & {*verdicts}
+    return not {BEYOND, PART, figures.NOT_RUN} & {*verdicts}
 
 
 def main(args):

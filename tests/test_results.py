@@ -497,13 +497,22 @@ def test_a_table_run_anew_is_compared_seed_by_seed(anew):
     assert "of 7 figures 4 equal, 1 within the spread, 1 beyond it, 1 not run" in said
 
 
+def test_seeds_that_were_not_run_anew_are_not_mixed_up(anew):
+    cells, others = transfer_cells(), transfer_cells(finetuned=(0.0, 72.5, 74.0))
+    del others[2]  # fine-tuned, seed 0
+    code, _, rows = anew(cells, others)
+    (found,) = (row for name, row in rows.items() if name.startswith("what finetune,"))
+    assert found == ["72.0 ± 2.0, n = 3", "73.2 ± 1.1, 2 of 3 seeds", "+0.50 +0.00", "in part"]
+    assert code == 1
+
+
 def test_a_table_run_anew_with_the_same_figures_is_equal(anew):
     code, said, _ = anew(transfer_cells(), transfer_cells())
     assert code == 0
     assert "of 7 figures 7 equal" in said
 
 
-@pytest.mark.parametrize("name, words", [("cell0", "run anew by other"), ("new", "has no new")])
+@pytest.mark.parametrize("name, words", [("cell0", "run anew by other"), ("new", "has no t/new")])
 def test_only_the_same_cells_are_compared(name, words, project):
     """Their commands differ in the output folder only."""
     own = [{"table": "t", "cell": "cell0", "commands": ["python a.py --out recipes/output/t/b"]}]
