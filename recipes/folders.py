@@ -10,7 +10,7 @@ import shutil
 from pathlib import Path
 
 import numpy as np
-from running import ROOT
+from running import ROOT, shown
 
 from util.errors import UserError
 from util.image_files import ImagePaths
@@ -42,10 +42,6 @@ def source(name, path):
         DATA.mkdir(parents=True, exist_ok=True)
         link.symlink_to(target)
     return link.relative_to(ROOT)
-
-
-def shown(path):
-    return path.relative_to(ROOT)
 
 
 def plan(name, about, write):

@@ -1,5 +1,6 @@
 """docs/results.md: does pre-training pay? Reads the cells that transfer.py makes."""
 
+import itertools
 from dataclasses import dataclass
 
 import cifar10
@@ -19,6 +20,7 @@ ROWS = {
     "scratch": "from scratch, fine-tuning's epochs",
     "scratch_long": "from scratch, as long as pre-training and fine-tuning",
 }
+COMPARED = ("finetune", "probe")  # with the rows from scratch
 
 
 @dataclass
@@ -79,13 +81,13 @@ computing as in pre-training and fine-tuning together: the second table has the 
 k-NN is by the {knn.NEIGHBOURS} nearest neighbours. It trains nothing: with all labels there is one
 figure. Its time is that of all three columns together.
 
-"Where it does not pay" compares "{ROWS["finetune"]}" with the rows from scratch, seed by seed: runs
-of one seed have the same labels. MAE is ahead or behind if the mean of the differences is more than
-{figures.STANDARD_ERRORS} of its standard errors, else it is within the noise. There is no verdict
-with fewer than {figures.LEAST_SEEDS} seeds. With three seeds this rule is coarse: 18% of
-comparisons of two equal methods would be ahead or behind (Student's t with 2 degrees of freedom),
-about one of the six below a table. And the long rows are a weak opponent: their settings, such as
-no RandAugment, were chosen by trials of 15 epochs, and they have many more.
+"Where it does not pay" compares "{ROWS["finetune"]}" and "{ROWS["probe"]}" with the rows from
+scratch, seed by seed: runs of one seed have the same labels. MAE is ahead or behind if the mean of
+the differences is more than {figures.STANDARD_ERRORS} of its standard errors, else it is within the
+noise. There is no verdict with fewer than {figures.LEAST_SEEDS} seeds. With three seeds this rule
+is coarse: 18% of comparisons of two equal methods would be ahead or behind (Student's t with 2
+degrees of freedom), about two of the twelve below a table. And the long rows are a weak opponent:
+their settings, such as no RandAugment, were chosen by trials of 15 epochs, and they have many more.
 
 """
 
@@ -187,42 +189,31 @@ def duration(hours):
 
 
 def pays(cells, model):
-    """Where MAE, fine-tuned, is ahead of the rows from scratch: a table and a sentence."""
-    rows, labels_of = [], {}
-    for percent in transfer.PERCENTS:
-        own, _ = accuracies(cells, model, "finetune", percent)
-        for what in ("scratch", "scratch_long"):
-            other, _ = accuracies(cells, model, what, percent)
-            compared = figures.difference(own, other)
-            if compared:
-                found = figures.verdict(compared)
-            else:
-                found = TOO_FEW if own and other else figures.NOT_RUN
-            numbers = [f"{compared[0]:+.1f}", f"{compared[1]:.1f}"] if compared else ["", ""]
-            rows.append([f"{percent}%", ROWS[what], *numbers, found])
-            labels_of.setdefault(found, []).append(f"{ROWS[what]} ({percent}%)")
-    head = ["labels", "against", "difference, points", "standard error", "MAE is"]
-    return grid(head, rows) + "\n" + conclusion(labels_of)
+    """Where MAE is ahead of the rows from scratch: a table and a sentence."""
+    rows, verdicts = [], []
+    pairs = [(own, other) for own in COMPARED for other in ("scratch", "scratch_long")]
+    for (own, other), percent in itertools.product(pairs, transfer.PERCENTS):
+        accuracies_of = [accuracies(cells, model, what, percent)[0] for what in (own, other)]
+        compared = figures.difference(*accuracies_of)
+        if compared:
+            found = figures.verdict(compared)
+        else:
+            found = TOO_FEW if all(accuracies_of) else figures.NOT_RUN
+        numbers = [f"{compared[0]:+.1f}", f"{compared[1]:.1f}"] if compared else ["", ""]
+        rows.append([ROWS[own], ROWS[other], f"{percent}%", *numbers, found])
+        verdicts.append(found)
+    head = ["MAE's", "against", "labels", "difference, points", "standard error", "MAE is"]
+    return grid(head, rows) + "\n" + conclusion(verdicts)
 
 
 TOO_FEW = "too few seeds"
-SAYS = {
-    "behind": "Pre-training does not pay: it is behind these",
-    figures.NOISE: "No difference was shown from these",
-    TOO_FEW: "Too few seeds were run of these",
-}
 
 
-def conclusion(labels_of):
-    """Sentences of {verdict: the comparisons that have it}."""
-    text = [
-        f"{text}: {'; '.join(labels_of[verdict])}."
-        for verdict, text in SAYS.items()
-        if verdict in labels_of
-    ]
-    if [*labels_of] == ["ahead"]:
-        text = ["Pre-training is ahead in every comparison."]
-    return " ".join(text) + "\n\n" if text else ""
+def conclusion(verdicts):
+    """A sentence: how many comparisons have each verdict."""
+    order = ("ahead", "behind", figures.NOISE, TOO_FEW, figures.NOT_RUN)
+    counts = [f"{verdicts.count(verdict)} {verdict}" for verdict in order if verdict in verdicts]
+    return f"Of {len(verdicts)} comparisons: {', '.join(counts)}.\n\n"
 
 
 def curve_chart(table, model, cells):

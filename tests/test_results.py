@@ -264,35 +264,44 @@ def test_transfer_by_hand(project):
     assert costs["MAE, k-NN (frozen)"] == ["6.0 min (5.1 h)"] * 3
     assert costs["from scratch, fine-tuning's epochs"][1] == "30; 30.0 min"
     assert "epochs: 5.0 h." in text
-    compared = [line.split(" | ") for line in text.splitlines() if line.startswith("| 10% | ")]
+    compared = [line.split(" | ") for line in text.splitlines() if " | 10% | " in line]
+    short, long = (section_transfer.ROWS[row] for row in ("scratch", "scratch_long"))
     assert compared == [
-        ["| 10%", "from scratch, fine-tuning's epochs", "+21.0", "0.6", "ahead |"],
-        ["| 10%", section_transfer.ROWS["scratch_long"], "", "", "too few seeds |"],
+        ["| MAE, fine-tuned", short, "10%", "+21.0", "0.6", "ahead |"],
+        ["| MAE, fine-tuned", long, "10%", "", "", "too few seeds |"],
+        ["| MAE, linear probe (frozen)", short, "10%", "", "", "not run |"],
+        ["| MAE, linear probe (frozen)", long, "10%", "", "", "not run |"],
     ]
-    too_few = f"Too few seeds were run of these: {section_transfer.ROWS['scratch_long']} (10%)."
-    assert too_few in text and "ahead in every" not in text
+    assert "Of 12 comparisons: 1 ahead, 1 too few seeds, 10 not run." in text
     assert "9 cells: commit abc1234; Zen 5; bfloat16; python 3.12, torch 2.9." in text
 
 
+@pytest.mark.parametrize("what", ["finetune", "probe"])
 @pytest.mark.parametrize(
-    "finetuned, said",
-    [
-        ([47.0, 47.0, 48.0], "Pre-training does not pay: it is behind these"),
-        ([51.0, 51.5, 52.0], "No difference was shown from these"),
-    ],
+    "accuracies, verdict",
+    [([47.0, 47.0, 48.0], "behind"), ([51.0, 51.5, 52.0], "within the noise")],
 )
-def test_where_pre_training_does_not_pay_is_said(finetuned, said, project):
-    project("cifar10", transfer_cells(finetuned))
+def test_where_pre_training_does_not_pay_is_said(what, accuracies, verdict, project):
+    changed = transfer_cells() if what == "probe" else transfer_cells(accuracies)
+    if what == "probe":
+        about = {"what": "probe", "model": "nano", "labels": 10, "epochs": 30}
+        changed += [cell(about, seed, eval=found) for seed, found in enumerate(accuracies)]
+    project("cifar10", changed)
     text, _ = section_transfer.section("cifar10")
-    assert f"{said}: {section_transfer.ROWS['scratch']} (10%)." in text
-    assert "is ahead in every" not in text
+    rows = section_transfer.ROWS
+    (row,) = [
+        line
+        for line in text.splitlines()
+        if line.startswith(f"| {rows[what]} | {rows['scratch']} | 10% |")
+    ]
+    assert row.endswith(f" | {verdict} |")
 
 
-def test_pre_training_is_ahead_everywhere_only_if_every_comparison_says_so():
-    assert section_transfer.conclusion({"ahead": ["a"]}) == (
-        "Pre-training is ahead in every comparison.\n\n"
+def test_verdicts_are_counted():
+    verdicts = ["not run", "behind", "ahead", "within the noise", "behind", "too few seeds"]
+    assert section_transfer.conclusion(verdicts) == (
+        "Of 6 comparisons: 1 ahead, 2 behind, 1 within the noise, 1 too few seeds, 1 not run.\n\n"
     )
-    assert section_transfer.conclusion({"ahead": ["a"], figures.NOT_RUN: ["b"]}) == ""
 
 
 def test_chosen_trials_are_the_settings_of_the_table():
@@ -411,6 +420,8 @@ def test_results_are_of_cells_that_their_scripts_would_run(script, tmp_path, mon
     for part in ("train", "val"):
         (tmp_path / "images" / part).mkdir(parents=True)
     monkeypatch.setattr(folders, "ROOT", tmp_path)
+    monkeypatch.setattr(running, "ROOT", tmp_path)
+    monkeypatch.setattr(running, "OUTPUT", tmp_path / "recipes" / "output")
     monkeypatch.setattr(folders, "DATA", tmp_path / "recipes" / "data")
     monkeypatch.setattr(folders, "planned", {})
     made = script.make_cells(SimpleNamespace(data_path=tmp_path / "images"))
