@@ -8,8 +8,8 @@ import running
 from util.errors import UserError
 
 NOT_RUN, NOISE = "not run", "within the noise"
-STANDARD_ERRORS = 2  # a larger difference is more than noise
-LEAST_SEEDS = 3  # with two, 30% of comparisons of equals would differ by more
+SEEDS = 3  # a difference is judged by so many
+STUDENT = 4.303  # standard errors of its 95% interval: Student's t, 2 degrees of freedom
 
 
 def read(table, results=None):
@@ -78,21 +78,21 @@ def mean_and_std(values, expected):
 
 
 def difference(values, others):
-    """(mean of the seeds' differences, its standard error), None with too few seeds of either.
+    """(mean of the seeds' differences, half its 95% interval), None with too few seeds of either.
 
     Args:
         values, others: one for each seed, of the same seeds.
     """
-    if len(values) != len(others) or len(values) < LEAST_SEEDS:
+    if {len(values), len(others)} != {SEEDS}:
         return None
     found = [value - other for value, other in zip(values, others, strict=True)]
-    return statistics.mean(found), statistics.stdev(found) / math.sqrt(len(found))
+    return statistics.mean(found), STUDENT * statistics.stdev(found) / math.sqrt(SEEDS)
 
 
 def verdict(compared):
     """What a `difference` says of the first of its two."""
-    points, error = compared
-    if abs(points) <= STANDARD_ERRORS * error:
+    points, half = compared
+    if abs(points) <= half:
         return NOISE
     return "ahead" if points > 0 else "behind"
 

@@ -140,7 +140,10 @@ def main(description, make_cells, table, add_flags=None, prepare=lambda: None):
         help="run these cells and what they need; * stands for any letters",
     )
     parser.add_argument(
-        "--jobs", type=cli.integer(1), default=cli.cores(), help="cells at a time, a core each"
+        "--jobs",
+        type=cli.integer(1),
+        default=cli.cores(),
+        help="cells at a time, a computing thread each",
     )
     parser.add_argument("--list", action="store_true", help="list these cells, run none")
     parser.add_argument(
@@ -266,7 +269,9 @@ class Runner:
         with self.lock:
             self.stopped = True
             for process in self.processes:
-                process.send_signal(signal.SIGINT)
+                # Not its send_signal, which may take its end from os.wait4.
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(process.pid, signal.SIGINT)
 
     def run(self, cell):
         """Run a cell and write its JSON; whether it succeeded."""
@@ -283,6 +288,10 @@ class Runner:
     def run_in(self, folder, cell):
         """Run a cell, whose folder is locked; whether it succeeded."""
         attempts = Attempts(folder / ATTEMPTS, lines(cell))
+        path = self.table.result(cell)
+        if path.exists() and is_whole(self.table, cell):
+            print(f"{cell.name}: done by another runner", flush=True)
+            return True
         for number, command in enumerate(cell.commands):
             print(f"{cell.name}: python {shlex.join(command)}", flush=True)
             code = self.execute(number, command, folder / "console.txt", attempts)
@@ -291,7 +300,6 @@ class Runner:
                     print(f"failed: {cell.name}, see {folder / 'console.txt'}", flush=True)
                 return False
         attempts.finish()
-        path = self.table.result(cell)
         if path.exists():
             print(f"{cell.name}: done again, as its output was gone; {shown(path)} stays")
             return True

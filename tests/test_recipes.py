@@ -287,6 +287,18 @@ def test_small_recipes_have_the_settings_of_the_tables(record, table):
         )
 
 
+def test_the_bundled_images_are_written_to_the_output(record, tmp_path):
+    """And never to the user's own images."""
+    script = RECIPES / "small" / "fashion_mnist.sh"
+    _, calls = record(script)
+    images = str(tmp_path / "out" / "images")
+    assert calls[0] == ["python", "demo/unpack.py", images]
+    assert {args.data_path for _, args, _ in commands(record(script))} == {images}
+    done, calls = record(script, OUT=None)
+    assert done.returncode == 2 and done.stderr.startswith("error: OUT is not set")
+    assert not calls
+
+
 # ---- other domains
 
 

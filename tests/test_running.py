@@ -182,6 +182,14 @@ def test_a_cell_is_run_by_one_runner_at_a_time(capsys):
     assert "failed: a: another runner is using" in capsys.readouterr().out
 
 
+def test_a_cell_that_another_runner_did_meanwhile_is_not_run_again(capsys):
+    cell = Cell("a", [log("a")], {})
+    assert run([cell])
+    assert running.Runner(running.Table("table", [cell])).run(cell)
+    assert len(lines_of("a")) == 1
+    assert "a: done by another runner" in capsys.readouterr().out
+
+
 def test_results_of_other_commands_are_refused():
     assert run([Cell("a", [log("a")], {})])
     with pytest.raises(UserError, match=r"results/table/a.json was made by other commands"):

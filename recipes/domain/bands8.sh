@@ -24,7 +24,7 @@ fi
 pixels=$(python -c 'import json, sys; print(json.load(open(sys.argv[1]))["flags"])' "$OUT/stats.json")
 
 run python main_pretrain.py --data_path "$DATA" --output_dir "$OUT/pretrain" $pixels \
-    --model "mae_vit_$MODEL" --input_size "$SIZE" --batch_size 256 \
+    --model "mae_vit_$MODEL" --input_size "$SIZE" --norm_pix_loss --batch_size 256 \
     --epochs "$EPOCHS" --warmup_epochs $((EPOCHS / 10)) --knn_every 10 $FLAGS
 
 run python main_visualize.py --checkpoint "$OUT/pretrain/checkpoint-last.pth" \

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
 # ViT-B on ImageNet, as in the paper (arXiv 2111.06377): pre-train, fine-tune, probe, evaluate.
+# Fine-tuning is that of its PyTorch release.
 #
 #   DATA=IMAGENET OUT=DIR bash recipes/imagenet/base.sh     eight GPUs, Slurm: recipes/launch.sh
 #
@@ -8,7 +9,8 @@
 #
 # not run here
 # hours: not measured here; estimated on one H100: 132 for pre-training, 13 for fine-tuning
-#     (docs/memory.md's images a second, without evaluation and waiting for images)
+#     (docs/memory.md's images a second, without evaluation and waiting for images; the one speed
+#     measured, ViT-B's on an H200, is 0.55 of its estimate: expect about twice the hours)
 # expected: 83.6% fine-tuned, 68.0% linear probe (the paper)
 # spread: 83.454% with a standard deviation of 0.065 over five runs (mae issue 91)
 # neighbours: 83.1, 83.3, 83.3, 83.5% fine-tuned, 60.8, 62.5, 65.1, 67.1% probed after 300, 400,

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
 # ViT-H on ImageNet, as in the paper (arXiv 2111.06377): pre-train, fine-tune, probe, evaluate.
+# Fine-tuning is that of its PyTorch release.
 #
 #   DATA=IMAGENET OUT=DIR GPUS=8 NODES=8 SLURM="--cpus-per-task=96 --time=24:00:00" \
 #       bash recipes/imagenet/huge.sh     more ways: recipes/launch.sh
@@ -9,7 +10,8 @@
 #
 # not run here
 # hours: not measured here; estimated on one H100: 475 for pre-training
-#     (docs/memory.md's images a second, without evaluation and waiting for images)
+#     (docs/memory.md's images a second, without evaluation and waiting for images; the one speed
+#     measured, ViT-B's on an H200, is 0.55 of its estimate: expect about twice the hours)
 # expected: 86.9% fine-tuned, 76.6% linear probe (the paper)
 # spread: not known; mae issue 91 reports 86.882%
 source "$(dirname "${BASH_SOURCE[0]}")/../launch.sh"

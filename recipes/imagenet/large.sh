@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
 # ViT-L on ImageNet, as in the paper (arXiv 2111.06377): pre-train, fine-tune, probe, evaluate.
+# Fine-tuning is that of its PyTorch release.
 #
 #   DATA=IMAGENET OUT=DIR GPUS=8 bash recipes/imagenet/large.sh     Slurm: recipes/launch.sh
 #
@@ -8,7 +9,8 @@
 #
 # not run here
 # hours: not measured here; estimated on one H100: 228 for pre-training, 20 for fine-tuning
-#     (docs/memory.md's images a second, without evaluation and waiting for images)
+#     (docs/memory.md's images a second, without evaluation and waiting for images; the one speed
+#     measured, ViT-B's on an H200, is 0.55 of its estimate: expect about twice the hours)
 # expected: 85.9% fine-tuned, 75.8% linear probe (the paper)
 # spread: not known; mae issue 91 reports 85.637%
 source "$(dirname "${BASH_SOURCE[0]}")/../launch.sh"
