@@ -122,8 +122,8 @@ def accuracies(table, page):
     title = f"{shown.title}, `nano`: accuracy (%)"
     return (
         section_transfer.accuracy_table(figures.read(table), "nano", title)
-        + f"\n*Mean ± standard deviation over n seeds: `{shown.command}`, see "
-        + f"[docs/results.md]({page}).*\n"
+        + "\n*One pre-training; mean ± standard deviation over n seeds of what follows it: "
+        + f"`{shown.command}`, see [docs/results.md]({page}).*\n"
     )
 
 
