@@ -44,7 +44,7 @@ SETTINGS = transfer.Settings(
     epochs={100: 10, 10: 30, 1: 10},
     probe_epochs={100: 10, 10: 30, 1: 10},
     copies={100: 1, 10: 1, 1: 10},
-    image_cost=0.65,
+    image_cost=0.46,
 )
 
 

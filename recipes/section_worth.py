@@ -131,11 +131,13 @@ def summary(groups):
         samples = {value: measured(group, measure) for value, group in groups.items()}
         means = {value: mean(values) for value, values in samples.items()}
         highest.append(f"{max(means, key=means.get)} ({measure})")
-        scatter = figures.pooled_std(samples.values())
-        scatters.append("?" if scatter is None else f"{scatter:.1f}")
+        scatters.append(figures.pooled_std(samples.values()))
+    text = f"Here the highest means are at {listed(highest)}. "
+    if None in scatters:  # of one seed each
+        return text
     return (
-        f"Here the highest means are at {listed(highest)}. The seeds of one setting scatter by "
-        f"{listed(scatters)} points (pooled standard deviation). "
+        text + f"The seeds of one setting scatter by {listed([f'{s:.1f}' for s in scatters])} "
+        "points (pooled standard deviation). "
     )
 
 

@@ -8,10 +8,10 @@
 # CIFAR10 holds train/CLASS/*.png and val/CLASS/*.png. The same command continues after an
 # interruption. FLAGS are given to every training.
 #
-# measured: MAE, fine-tuned (%): not run
+# measured: MAE, fine-tuned (%): 88.1, 1 of 3 seeds
 # measured: MAE, linear probe (frozen) (%): not run
 # measured: pre-training: 1.9 h of a core
-# measured: fine-tuning: not run
+# measured: fine-tuning: 26.0 min of a core
 source "$(dirname "${BASH_SOURCE[0]}")/../launch.sh"
 
 run python main_pretrain.py --data_path "$DATA" --output_dir "$OUT/pretrain" \
