@@ -3,10 +3,11 @@
     python recipes/fashion_mnist.py --into DIR
     python recipes/compare.py DIR
 
-Each row is one figure, with its mean over the seeds here and in DIR. The exit code is 1 if a mean
-is missing or beyond the spread: it differs by more than two standard deviations of the project's
-seeds, and by more than 1 point of accuracy or 0.01 of a loss. All rows of MAE hang on one
-pre-training: if that differs, as it may on another processor, they move together.
+Each row is one figure: its mean over the seeds here and in DIR, and each seed's difference. The
+exit code is 1 if a seed is missing, or a mean is beyond the spread: it differs by more than two
+standard deviations of the project's seeds, and by more than 1 point of accuracy or 0.01 of a loss.
+All rows of MAE hang on one pre-training: if that differs, as it may on another processor, they move
+together.
 """
 
 import shlex
@@ -22,9 +23,12 @@ from util import cli
 from util.errors import UserError
 
 STANDARD_DEVIATIONS = 2
-LEAST = {"held-out loss": 0.01}  # that may differ of a measure, however little its seeds scatter
-LEAST_POINTS = 1  # of an accuracy; the sampling error of 80% of 2,000 images is 0.9
-EQUAL, WITHIN, BEYOND, PART = "equal", "within the spread", "beyond it", "in part"
+LOSS = "held-out loss"
+# What may differ, however little seeds scatter: points of an accuracy, of which the sampling error
+# is 0.9 for 80% of 2,000 images; and of the loss.
+LEAST_POINTS, LEAST_LOSS = 1, 0.01
+EQUAL, WITHIN, BEYOND = "equal", "within the spread", "beyond it"
+PART = "within it, in part"
 HEAD = ["figure", "project's", "anew", "by seed", ""]
 
 
@@ -37,7 +41,7 @@ def measures(cell):
         elif name.endswith("knn.json"):
             found |= {f"k-NN, {percent}%": values for percent, values in content.items()}
         elif name.endswith("log.txt") and content and "val_loss" in content[-1]:
-            found["held-out loss"] = [content[-1]["val_loss"]]
+            found[LOSS] = [content[-1]["val_loss"]]
     return found
 
 
@@ -52,57 +56,63 @@ def gathered(cells):
     return found
 
 
-def check_same_commands(own, again, output):
+def commands(cell):
+    """A cell's commands, with its outputs named from the table on, wherever they are."""
+    mark = f"{running.OUTPUT.name}/{cell['table']}/"
+    return [
+        [word[word.rfind(mark) :] if mark in word else word for word in shlex.split(line)]
+        for line in cell["commands"]
+    ]
+
+
+def check_same_commands(own, again):
     """Refuse, with a UserError, cells that the project lacks or ran by other commands.
 
     Args:
         own, again: cells of the project, and those that were run anew.
-        output: folder of the latter's outputs, as their commands name it.
     """
-    lines_of = {cell["cell"]: cell["commands"] for cell in own}
+    commands_of = {cell["cell"]: commands(cell) for cell in own}
     for cell in again:
         name = f"{cell['table']}/{cell['cell']}"
-        if cell["cell"] not in lines_of:
+        if cell["cell"] not in commands_of:
             raise UserError(f"{running.shown(running.RESULTS)} has no {name}")
-        usual = f"{running.shown(running.OUTPUT)}"
-        lines = [
-            shlex.join(word.replace(f"{output}", usual) for word in shlex.split(line))
-            for line in cell["commands"]
-        ]
-        if lines != lines_of[cell["cell"]]:
+        if commands(cell) != commands_of[cell["cell"]]:
             raise UserError(f"{name} was run anew by other commands than the project's")
 
 
-def compared(values, others, least):
+def compared(values, others, least, digits):
     """Texts: the figures of the project's seeds, those that were run anew, their differences.
 
     Args:
         values, others: {seed: figure}.
         least: a difference of the means that is within the spread in any case.
+        digits: of means, behind the point; differences have one more.
     """
-    texts = [figures.mean_and_std([*found.values()], len(values)) for found in (values, others)]
+    texts = [
+        figures.mean_and_std([*found.values()], len(values), digits) for found in (values, others)
+    ]
     differences = [others[seed] - values[seed] for seed in values if seed in others]
-    if not others:
+    spread = STANDARD_DEVIATIONS * stdev(values.values()) if len(values) > 1 else 0
+    if not differences:
         said = figures.NOT_RUN
+    elif abs(mean(differences)) > max(spread, least):
+        said = BEYOND
     elif len(differences) < len(values):
         said = PART
-    elif not any(differences):
-        said = EQUAL
     else:
-        spread = STANDARD_DEVIATIONS * stdev(values.values()) if len(values) > 1 else 0
-        said = WITHIN if abs(mean(differences)) <= max(spread, least) else BEYOND
-    return [*texts, " ".join(f"{points:+.2f}" for points in differences), said]
+        said = WITHIN if any(differences) else EQUAL
+    return [*texts, " ".join(f"{points:+.{digits + 1}f}" for points in differences), said]
 
 
 def compare(table, folder):
     """Print a table's rows; whether all figures are there and within the spread."""
     own, again = figures.read(table), figures.read(table, folder / running.RESULTS.name)
-    check_same_commands(own, again, running.shown(folder / running.OUTPUT.name))
+    check_same_commands(own, again)
     found = gathered(again)
     rows = []
     for name, values in gathered(own).items():
-        least = LEAST.get(name.split(": ")[-1], LEAST_POINTS)
-        rows.append([name, *compared(values, found.get(name, {}), least)])
+        least, digits = (LEAST_LOSS, 3) if name.endswith(LOSS) else (LEAST_POINTS, 1)
+        rows.append([name, *compared(values, found.get(name, {}), least, digits)])
     print(f"{table}, project's: {figures.origin(own)}\n{table}, anew: {figures.origin(again)}\n")
     print(grid(HEAD, rows))
     verdicts = [row[-1] for row in rows]
@@ -113,7 +123,8 @@ def compare(table, folder):
 
 def main(args):
     folder = args.folder.resolve()
-    tables = sorted(path.name for path in (folder / running.RESULTS.name).glob("*"))
+    running.check_not_own(folder, "the folder")
+    tables = sorted({path.parent.name for path in (folder / running.RESULTS.name).glob("*/*.json")})
     if not tables:
         raise UserError(f"{args.folder} holds no results: run a table with --into {args.folder}")
     found = [compare(table, folder) for table in tables]

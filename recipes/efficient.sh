@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# ViT-B on ImageNet with a cheap pre-training, after Wei et al., CVPRW 2024 (OpenReview dGRP5SfwkgY):
-# a higher mask ratio, a shallower decoder, fewer epochs, a tuned layer decay.
+# ViT-B on ImageNet with a cheap pre-training, after Wei et al., CVPRW 2024 (OpenReview
+# dGRP5SfwkgY): a higher mask ratio, a shallower decoder, fewer epochs, a tuned layer decay.
 #
 #   DATA=IMAGENET OUT=DIR bash recipes/efficient.sh     eight GPUs, Slurm: recipes/launch.sh
 #
@@ -20,10 +20,11 @@ source "$(dirname "${BASH_SOURCE[0]}")/launch.sh"
 PERCENT=${PERCENT:-100} images=$DATA
 [[ $PERCENT =~ ^[1-9][0-9]?$|^100$ ]] || fail "PERCENT=$PERCENT: take 1 to 100"
 if [ "$PERCENT" != 100 ]; then  # evenly spread over the classes
-    images=$OUT/images.txt
-    mkdir -p "$OUT"
-    find -L "$DATA/train" -type f | LC_ALL=C sort |
+    [ -d "$DATA/train" ] || fail "$DATA/train does not exist"
+    images=$OUT/images-$PERCENT.txt
+    find -L "$DATA/train" -type f ! -name ".*" | LC_ALL=C sort |
         awk -v part="$PERCENT" 'int(NR * part / 100) > int((NR - 1) * part / 100)' > "$images"
+    [ -s "$images" ] || fail "PERCENT=$PERCENT of the images are none"
 fi
 
 launch main_pretrain.py --data_path "$images" --output_dir "$OUT/pretrain" \

@@ -61,18 +61,19 @@ def pretraining_minutes(cell):
     return sum(part["cpu_s"] for line, part in timed if "main_pretrain.py" in line.split()) / 60
 
 
-def mean_and_std(values, expected):
-    """Text: mean, sample standard deviation and how many seeds it is of; one decimal.
+def mean_and_std(values, expected, digits=1):
+    """Text: mean, sample standard deviation and how many seeds it is of.
 
     Args:
         values: one for each seed that was run.
         expected: the number of seeds that are to run.
+        digits: behind the point.
     """
     if not values:
         return NOT_RUN
-    text = f"{statistics.mean(values):.1f}"
+    text = f"{statistics.mean(values):.{digits}f}"
     if len(values) > 1:
-        text += f" ± {statistics.stdev(values):.1f}"
+        text += f" ± {statistics.stdev(values):.{digits}f}"
     part = len(values) < expected
     return text + (f", {len(values)} of {expected} seeds" if part else f", n = {len(values)}")
 

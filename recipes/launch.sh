@@ -19,8 +19,8 @@ done
 mkdir -p "$OUT"
 DATA=$(cd "$(dirname "$DATA")" && pwd -P)/$(basename "$DATA") OUT=$(cd "$OUT" && pwd -P)
 GPUS=${GPUS:-1} NODES=${NODES:-1} GPU_GB=${GPU_GB:-40} SLURM=${SLURM:-} FLAGS=${FLAGS:-}
-for name in GPUS NODES; do
-    [[ ${!name} =~ ^[1-9][0-9]*$ ]] || fail "$name=${!name} is not an integer of at least 1"
+for name in GPUS NODES EPOCHS FINETUNE_EPOCHS CLASSES SIZE; do
+    [[ ${!name:-1} =~ ^[1-9][0-9]*$ ]] || fail "$name=${!name} is not an integer of at least 1"
 done
 ((512 % (GPUS * NODES) == 0)) ||
     fail "GPUS=$GPUS on NODES=$NODES can't share the effective batch: take 1, 2, 4, ... or 512 GPUs"
@@ -28,6 +28,11 @@ done
 [ -n "$SLURM" ] || [ "$NODES" = 1 ] ||
     fail "NODES=$NODES without SLURM: see docs/clusters.md for several machines without Slurm"
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+one_process() {  # of recipes that use one GPU or the CPU
+    [ "$GPUS $NODES$SLURM" = "1 1" ] ||
+        fail "GPUS, NODES and SLURM are for recipes/imagenet and efficient.sh: leave them out"
+}
 
 run() {  # COMMAND...: show it, then run it
     printf '\n$'

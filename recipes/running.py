@@ -86,17 +86,27 @@ def write_below(folder):
     """Have outputs and results below `folder`, so that tables are run anew.
 
     Raises:
-        UserError: there are results of another commit.
+        UserError: it can't be written, is the project's own, or there are results that were
+            finished by another commit.
     """
     global OUTPUT, RESULTS
+    check_not_own(folder, "--into")
     OUTPUT, RESULTS = folder.resolve() / OUTPUT.name, folder.resolve() / RESULTS.name
+    for part in (OUTPUT, RESULTS):
+        cli.make_writable(part, "--into")
     for path in sorted(RESULTS.glob("*/*.json")):
         commit = record(path)["commit"]
-        if commit != report.COMMIT:
+        if commit.split(", ")[-1] != report.COMMIT:
             raise UserError(
-                f"{folder} holds results of commit {commit}, this is {report.COMMIT}: delete it, "
-                "or take another folder"
+                f"{folder} holds results of commit {commit}, this is {report.COMMIT}: delete its "
+                f"{RESULTS.name} and {OUTPUT.name}, or take another folder"
             )
+
+
+def check_not_own(folder, name):
+    """Refuse, with a UserError, the folder of the project's results as a table's that is new."""
+    if folder.resolve() == Path(__file__).resolve().parent:
+        raise UserError(f"{name} {folder} holds the project's results: take another folder")
 
 
 def record(path):
@@ -106,9 +116,12 @@ def record(path):
         UserError: it is damaged.
     """
     try:
-        return json.loads(path.read_bytes())
-    except ValueError as error:
-        raise UserError(f"{shown(path)} is damaged: delete it and run its cell again") from error
+        found = json.loads(path.read_bytes())
+        if found.keys() >= {"table", "cell", "about", "seed", "commands", "commit", "outputs"}:
+            return found
+    except (ValueError, AttributeError):
+        pass
+    raise UserError(f"{shown(path)} is damaged: delete it and run its cell again")
 
 
 def flags(settings):
@@ -148,7 +161,7 @@ def main(description, make_cells, table, add_flags=None, prepare=lambda: None):
     parser.add_argument("--list", action="store_true", help="list these cells, run none")
     parser.add_argument(
         "--into",
-        type=Path,
+        type=cli.path,
         metavar="DIR",
         help="run the table anew: outputs and results below DIR, for recipes/compare.py",
     )
@@ -163,7 +176,7 @@ def start(args, make_cells, table, prepare):
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.default_int_handler)
     if args.into:
-        write_below(args.into)
+        write_below(Path(args.into))
     table = Table(table, make_cells(args))
     chosen = choose(table, args.only)
     if args.list:
@@ -276,8 +289,9 @@ class Runner:
     def run(self, cell):
         """Run a cell and write its JSON; whether it succeeded."""
         try:
-            with cell_folder(ROOT / self.table.output(cell)) as folder:
-                return self.run_in(folder, cell)
+            folder = ROOT / self.table.output(cell)
+            with cell_folder(folder) as lock:
+                return self.run_in(folder, cell, lock)
         except UserError as error:
             print(f"failed: {cell.name}: {error}", flush=True)
         except Exception:
@@ -285,8 +299,8 @@ class Runner:
             print(f"failed: {cell.name}", flush=True)
         return False
 
-    def run_in(self, folder, cell):
-        """Run a cell, whose folder is locked; whether it succeeded."""
+    def run_in(self, folder, cell, lock):
+        """Run a cell, whose folder is locked by an open file; whether it succeeded."""
         attempts = Attempts(folder / ATTEMPTS, lines(cell))
         path = self.table.result(cell)
         if path.exists() and is_whole(self.table, cell):
@@ -294,7 +308,7 @@ class Runner:
             return True
         for number, command in enumerate(cell.commands):
             print(f"{cell.name}: python {shlex.join(command)}", flush=True)
-            code = self.execute(number, command, folder / "console.txt", attempts)
+            code = self.execute(number, command, folder / "console.txt", attempts, lock)
             if code:
                 if not self.stopped:
                     print(f"failed: {cell.name}, see {folder / 'console.txt'}", flush=True)
@@ -319,7 +333,7 @@ class Runner:
         write_whole(path, f"{json.dumps(made, indent=1)}\n".encode())
         return True
 
-    def execute(self, number, command, console, attempts):
+    def execute(self, number, command, console, attempts, lock):
         """Run a cell's command on a CPU's core, its output at the end of a file; its exit code."""
         environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
         started = time.time()
@@ -334,6 +348,7 @@ class Runner:
                 stdout=file,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,  # a terminal's Ctrl-C reaches it through us, once
+                pass_fds=[lock.fileno()],  # if we are killed, it keeps other runners away
             )
             self.processes.add(process)
         # Also counts the processes that it has waited for, such as those that load images.
@@ -352,14 +367,16 @@ def computing_type():
 
 @contextlib.contextmanager
 def cell_folder(folder):
-    """A cell's folder, kept from other runners within this context."""
+    """Keep other runners from a cell's folder within this context; the open file that does."""
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / ".cell.lock", "w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise UserError(f"another runner is using {folder}") from None
-        yield folder
+            raise UserError(
+                f"another runner, or a command that one left behind, is using {folder}"
+            ) from None
+        yield file
 
 
 class Attempts:
@@ -371,7 +388,7 @@ class Attempts:
         if path.exists():
             try:
                 self.kept = json.loads(path.read_bytes())
-                begun_by = self.kept["commands"]
+                begun_by, _ = self.kept["commands"], self.kept["attempts"]
             except (ValueError, TypeError, KeyError) as error:
                 raise UserError(f"{path} is damaged: delete {path.parent}") from error
             if begun_by != commands:

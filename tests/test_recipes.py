@@ -287,6 +287,18 @@ def test_small_recipes_have_the_settings_of_the_tables(record, table):
         )
 
 
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.stem)
+def test_what_a_script_does_not_take_is_refused(record, script):
+    """Or a run would begin on one GPU instead of eight, or without its pre-training."""
+    wrong = [{"EPOCHS": "1.5"}, {"EPOCHS": "08"}]
+    if script not in ON_GPUS:
+        wrong += [{"GPUS": 8}, {"SLURM": "--time=1"}]
+    for variables in wrong:
+        done, calls = record(script, **variables)
+        assert (done.returncode, calls) == (2, [])
+        assert done.stderr.startswith("error: ") and "".join(variables) in done.stderr
+
+
 def test_the_bundled_images_are_written_to_the_output(record, tmp_path):
     """And never to the user's own images."""
     script = RECIPES / "small" / "fashion_mnist.sh"

@@ -502,7 +502,7 @@ def test_a_table_run_anew_is_compared_seed_by_seed(anew):
         "what scratch_long": ["73.0, n = 1", "not run", "", "not run"],
     }
     loss = rows["what pretrain, model nano, epochs 100: held-out loss"]
-    assert loss == ["0.8, n = 1", "0.8, n = 1", "+0.00", "equal"]
+    assert loss == ["0.800, n = 1", "0.800, n = 1", "+0.0000", "equal"]
     assert "of 7 figures 4 equal, 1 within the spread, 1 beyond it, 1 not run" in said
 
 
@@ -522,8 +522,17 @@ def test_seeds_that_were_not_run_anew_are_not_mixed_up(anew):
     del others[2]  # fine-tuned, seed 0
     code, _, rows = anew(cells, others)
     (found,) = (row for name, row in rows.items() if name.startswith("what finetune,"))
-    assert found == ["72.0 ± 2.0, n = 3", "73.2 ± 1.1, 2 of 3 seeds", "+0.50 +0.00", "in part"]
+    part = ["72.0 ± 2.0, n = 3", "73.2 ± 1.1, 2 of 3 seeds", "+0.50 +0.00", "within it, in part"]
+    assert found == part
     assert code == 1
+
+
+def test_seeds_that_were_run_anew_are_judged_though_others_are_missing(anew):
+    cells, others = transfer_cells(), transfer_cells(finetuned=(0.0, 77.0, 79.0))
+    del others[2]
+    _, _, rows = anew(cells, others)
+    (found,) = (row for name, row in rows.items() if name.startswith("what finetune,"))
+    assert found[2:] == ["+5.00 +5.00", "beyond it"]
 
 
 def test_a_table_run_anew_with_the_same_figures_is_equal(anew):
@@ -543,13 +552,16 @@ def test_only_the_same_cells_are_compared(name, words, folder, project):
 
     again = [own[0] | {"cell": name, "commands": [line("c")]}]
     with pytest.raises(UserError, match=words):
-        compare.check_same_commands(own, again, folder)
-    compare.check_same_commands(own, [own[0] | {"commands": [line("b")]}], folder)
+        compare.check_same_commands(own, again)
+    compare.check_same_commands(own, [own[0] | {"commands": [line("b")]}])
 
 
 def test_a_folder_without_results_is_refused(tmp_path):
+    (tmp_path / "results" / "table").mkdir(parents=True)
     with pytest.raises(UserError, match="holds no results: run a table with --into"):
         compare.main(SimpleNamespace(folder=tmp_path))
+    with pytest.raises(UserError, match="holds the project's results"):
+        compare.main(SimpleNamespace(folder=ROOT / "recipes"))
 
 
 # ---- pictures, and what is out of date

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 from types import SimpleNamespace
 
@@ -156,6 +157,17 @@ def test_a_table_is_run_anew_in_a_folder_of_its_own(tmp_path, monkeypatch, capsy
     with pytest.raises(SystemExit):
         running.main("", lambda args: [], "table")
     assert "anew holds results of commit" in capsys.readouterr().err
+    path = tmp_path / "anew" / "results" / "table" / "a.json"
+    path.write_text(json.dumps(anew | {"commit": "first, another"}))
+    running.write_below(tmp_path / "anew")
+
+
+def test_a_folder_for_a_table_that_is_not_one_is_refused(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=r"--into .* can't be written"):
+        running.write_below(tmp_path / "file")
+    with pytest.raises(UserError, match="holds the project's results"):
+        running.write_below(ROOT / "recipes")
 
 
 def test_an_error_in_a_cell_is_said_and_the_others_go_on(capsys, monkeypatch):
@@ -179,7 +191,26 @@ def test_an_output_begun_by_other_commands_is_refused(capsys):
 def test_a_cell_is_run_by_one_runner_at_a_time(capsys):
     with running.cell_folder(running.ROOT / running.output("table", "a")):
         assert not run([Cell("a", [log("a")], {})])
-    assert "failed: a: another runner is using" in capsys.readouterr().out
+    assert "failed: a: another runner, or " in capsys.readouterr().out
+
+
+def test_a_command_that_a_killed_runner_left_keeps_others_away(tmp_path):
+    """It may still write to the cell's folder. A runner's end closes its own file of the lock."""
+    os.mkfifo(tmp_path / "end")
+    runner, folder = running.Runner(running.Table("table", [])), tmp_path / "cell"
+    with running.cell_folder(folder) as lock:
+        attempts = running.Attempts(folder / running.ATTEMPTS, [])
+        command = script("open('end').read()"), folder / "console.txt", attempts, lock
+        left = threading.Thread(target=runner.execute, args=(0, *command))
+        left.start()
+        while not runner.processes:
+            time.sleep(0.01)
+    with pytest.raises(UserError, match="a command that one left behind"):
+        running.cell_folder(folder).__enter__()
+    (tmp_path / "end").write_text("")
+    left.join()
+    with running.cell_folder(folder):
+        pass
 
 
 def test_a_cell_that_another_runner_did_meanwhile_is_not_run_again(capsys):

@@ -15,6 +15,7 @@
 # expected: no figure; OUT/recon.png shows more than noise, and val_loss in OUT/pretrain/log.txt
 #     falls (only with TILES/val)
 source "$(dirname "${BASH_SOURCE[0]}")/../launch.sh"
+one_process
 MODEL=${MODEL:-small_patch16} EPOCHS=${EPOCHS:-200} SIZE=${SIZE:-224}
 
 if [ ! -f "$OUT/stats.json" ]; then

@@ -13,6 +13,7 @@
 # expected: no figure; OUT/recon.png shows more than noise, and val_loss in
 #     OUT/pretrain/log.txt falls (only with SCANS/val)
 source "$(dirname "${BASH_SOURCE[0]}")/../launch.sh"
+one_process
 MODEL=${MODEL:-small_patch16} EPOCHS=${EPOCHS:-200}
 
 [ -f "$OUT/stats.json" ] ||

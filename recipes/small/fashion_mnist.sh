@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# The bundled 10,000 images of Fashion-MNIST on a CPU or a GPU: pre-train, fine-tune, probe, evaluate,
-# features. The settings are those of recipes/fashion_mnist.py, which compares them with training
-# from scratch. It measured the figures below on one CPU core; this script takes all cores, and
-# evaluates more images after each epoch.
+# The bundled 10,000 images of Fashion-MNIST on a CPU or a GPU: pre-train, fine-tune, probe,
+# evaluate, features. The settings are those of recipes/fashion_mnist.py, which compares them with
+# training from scratch. It measured the figures below on one CPU core; this script takes all cores,
+# and evaluates more images after each epoch.
 #
 #   OUT=DIR bash recipes/small/fashion_mnist.sh
 #
@@ -14,8 +14,9 @@
 # measured: pre-training: 4.5 min of a core
 # measured: fine-tuning: 2.6 min of a core
 DATA=${OUT:-.}/images
-[ -z "${OUT:-}" ] || mkdir -p "$DATA"
+[ -z "${OUT:-}" ] || mkdir -p "$DATA" || exit 2
 source "$(dirname "${BASH_SOURCE[0]}")/../launch.sh"
+one_process
 
 run python demo/unpack.py "$DATA"
 
