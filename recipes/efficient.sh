@@ -7,9 +7,9 @@
 # Theirs: 82.9% fine-tuned for about 9 hours of one A100, 83.0% for 12.6 hours, which is 82 and 59
 # times less than the full pre-training. A fifth of the images are enough, they say: PERCENT=20.
 # Ours to choose, as we could not look at their values: mask ratio 0.9, a decoder of one block, 100
-# epochs, layer decay 0.65. So their hours need not be those of this script, whose fine-tuning is the
-# full one. Try LAYER_DECAY=0.75 and 0.55, into another OUT with a link to OUT/pretrain. The same
-# command continues after an interruption.
+# epochs, layer decay 0.65. So their hours need not be those of this script, whose fine-tuning is
+# the full one. Try LAYER_DECAY=0.75 and 0.55, into another OUT with a link to OUT/pretrain. The
+# same command continues after an interruption.
 #
 # not run here; at the size that two cores allow: recipes/efficient.py
 # hours: not measured here

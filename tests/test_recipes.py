@@ -264,6 +264,17 @@ def test_part_of_the_images_is_spread_over_the_classes(record, tmp_path):
     assert finetune.data_path == str(tmp_path / "images")
 
 
+@pytest.mark.parametrize("files, message", [([], "train does not exist"), (["a/.b"], "are none")])
+def test_a_part_of_no_images_is_refused(record, tmp_path, files, message):
+    for name in files:
+        path = tmp_path / "images" / "train" / name
+        path.parent.mkdir(parents=True)
+        path.touch()
+    done, calls = record(RECIPES / "efficient.sh", PERCENT=20)
+    assert (done.returncode, calls) == (2, [])
+    assert done.stderr.startswith("error: ") and message in done.stderr
+
+
 # ---- small images
 
 
