@@ -7,6 +7,7 @@ Folders are planned when cells are made, and made when cells are run.
 import json
 import os
 import shutil
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -31,16 +32,16 @@ def source(name, path):
         if not (Path(path) / part).is_dir():
             raise UserError(f"{path}/{part} is missing: give the folder that holds train and val")
     link, target = DATA / name, Path(path).resolve()
-    if link.is_symlink() and link.resolve() != target:
+    DATA.mkdir(parents=True, exist_ok=True)
+    with suppress(FileExistsError):  # it is there, or another runner is faster
+        link.symlink_to(target)
+    if not link.is_symlink():
+        raise UserError(f"{shown(link)} is to become a link to the images: move it elsewhere")
+    if link.resolve() != target:
         raise UserError(
             f"{shown(link)} is a link to {link.resolve()}: for the same images in another place, "
             f"delete it and {shown(link)}-*; for others, the outputs and results of its cells, too"
         )
-    if link.exists() and not link.is_symlink():
-        raise UserError(f"{shown(link)} is to become a link to the images: move it elsewhere")
-    if not link.is_symlink():
-        DATA.mkdir(parents=True, exist_ok=True)
-        link.symlink_to(target)
     return link.relative_to(ROOT)
 
 
@@ -63,19 +64,29 @@ def make_planned():
         UserError: one was made from something else.
     """
     for folder, (about, write) in planned.items():
-        if folder.exists():
-            file = folder / MADE_FROM
-            found = json.loads(file.read_text()) if file.exists() else "an unknown source"
-            if found != about:
-                raise UserError(f"{shown(folder)} was made from {found}, not {about}: delete it")
+        if is_made(folder, about):
             continue
         temporary = folder.with_name(f".{folder.name}.{os.getpid()}")
         try:
             write(temporary)
             (temporary / MADE_FROM).write_text(json.dumps(about))
             temporary.rename(folder)
+        except OSError:
+            if not is_made(folder, about):  # by another runner meanwhile
+                raise
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
+
+
+def is_made(folder, about):
+    """Whether a planned folder is there; a UserError if it was made from something else."""
+    if not folder.exists():
+        return False
+    file = folder / MADE_FROM
+    found = json.loads(file.read_text()) if file.exists() else "an unknown source"
+    if found != about:
+        raise UserError(f"{shown(folder)} was made from {found}, not {about}: delete it")
+    return True
 
 
 def classes_of(folder):

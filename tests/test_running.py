@@ -385,6 +385,26 @@ def test_a_folder_that_could_not_be_made_leaves_nothing(source):
     assert [path.name for path in folders.DATA.iterdir()] == ["x"]
 
 
+@pytest.mark.parametrize("source_of_other", ["source", "another"])
+def test_a_folder_that_another_runner_made_meanwhile_is_taken(source, source_of_other):
+    other = folders.DATA / "y"
+
+    def write_slower_than_the_other(folder):
+        folder.mkdir()
+        other.mkdir()
+        (other / folders.MADE_FROM).write_text(json.dumps(source_of_other))
+        (other / "of the other").touch()
+
+    folders.plan("y", "source", write_slower_than_the_other)
+    if source_of_other == "source":
+        folders.make_planned()
+    else:
+        with pytest.raises(UserError, match="y was made from another, not source: delete it"):
+            folders.make_planned()
+    assert (other / "of the other").exists()
+    assert sorted(path.name for path in folders.DATA.iterdir()) == ["x", "y"]
+
+
 def test_neighbours_are_searched_among_the_labels_that_a_classifier_gets(source, images):
     """Each image's feature points at its own class only in the images of one draw."""
     count, percent = 20, 25
