@@ -15,6 +15,7 @@
 # hours: not measured here
 # expected: 82.9% fine-tuned, if these values are as good as theirs
 # spread: not known; that of the full recipe is in recipes/imagenet/base.sh
+set -e  # so that another shell than bash ends here
 source "$(dirname "${BASH_SOURCE[0]}")/launch.sh"
 
 PERCENT=${PERCENT:-100} images=$DATA

@@ -9,6 +9,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 
@@ -50,12 +51,12 @@ def record(tmp_path):
     (tmp_path / "images").mkdir()
     usual = {"DATA": tmp_path / "images", "OUT": tmp_path / "out"}
 
-    def started(script, **variables):
+    def started(script, shell="bash", **variables):
         calls.write_text("")
         environment = {"PATH": f"{programs}:{os.environ['PATH']}"}
         environment |= {k: str(v) for k, v in (usual | variables).items() if v is not None}
         done = subprocess.run(
-            ["bash", script], env=environment, cwd=tmp_path, text=True, capture_output=True
+            [shell, script], env=environment, cwd=tmp_path, text=True, capture_output=True
         )
         return done, [line.split("\0")[:-1] for line in calls.read_text().splitlines()]
 
@@ -147,6 +148,14 @@ def test_a_command_that_fails_is_a_recipes_last(record, script, tmp_path):
     done, _ = record(script)
     assert done.returncode == 3
     assert done.stdout.count("$ python") == 1
+
+
+@pytest.mark.skipif(shutil.which("dash") is None, reason="needs a shell that isn't bash")
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.stem)
+def test_another_shell_than_bash_is_an_error(record, script):
+    done, calls = record(script, shell="dash")
+    assert done.returncode != 0
+    assert not calls
 
 
 def test_pages_name_recipes_that_exist_and_commands_that_parse():

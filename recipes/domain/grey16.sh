@@ -12,6 +12,7 @@
 # hours: not measured here
 # expected: no figure; OUT/recon.png shows more than noise, and val_loss in
 #     OUT/pretrain/log.txt falls (only with SCANS/val)
+set -e  # so that another shell than bash ends here
 source "$(dirname "${BASH_SOURCE[0]}")/../launch.sh"
 one_process
 MODEL=${MODEL:-small_patch16} EPOCHS=${EPOCHS:-200}

@@ -15,6 +15,7 @@
 # spread: 83.454% with a standard deviation of 0.065 over five runs (mae issue 91)
 # neighbours: 83.1, 83.3, 83.3, 83.5% fine-tuned, 60.8, 62.5, 65.1, 67.1% probed after 300, 400,
 #     800, 1600 epochs (mmpretrain, configs/mae)
+set -e  # so that another shell than bash ends here
 source "$(dirname "${BASH_SOURCE[0]}")/../launch.sh"
 
 launch main_pretrain.py --data_path "$DATA" --output_dir "$OUT/pretrain" \

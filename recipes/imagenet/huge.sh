@@ -14,6 +14,7 @@
 #     measured, ViT-B's on an H200, is 0.55 of its estimate: expect about twice the hours)
 # expected: 86.9% fine-tuned, 76.6% linear probe (the paper)
 # spread: not known; mae issue 91 reports 86.882%
+set -e  # so that another shell than bash ends here
 source "$(dirname "${BASH_SOURCE[0]}")/../launch.sh"
 
 launch main_pretrain.py --data_path "$DATA" --output_dir "$OUT/pretrain" \

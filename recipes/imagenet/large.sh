@@ -13,6 +13,7 @@
 #     measured, ViT-B's on an H200, is 0.55 of its estimate: expect about twice the hours)
 # expected: 85.9% fine-tuned, 75.8% linear probe (the paper)
 # spread: not known; mae issue 91 reports 85.637%
+set -e  # so that another shell than bash ends here
 source "$(dirname "${BASH_SOURCE[0]}")/../launch.sh"
 
 launch main_pretrain.py --data_path "$DATA" --output_dir "$OUT/pretrain" \

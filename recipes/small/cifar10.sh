@@ -13,6 +13,7 @@
 # measured: MAE, linear probe (frozen) (%): 62.8 ± 0.0, 2 of 3 seeds
 # measured: pre-training: 1.9 h of a core
 # measured: fine-tuning: 25.1 min of a core
+set -e  # so that another shell than bash ends here
 source "$(dirname "${BASH_SOURCE[0]}")/../launch.sh"
 one_process
 

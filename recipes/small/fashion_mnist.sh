@@ -15,6 +15,7 @@
 # measured: fine-tuning: 2.6 min of a core
 DATA=${OUT:-.}/images
 [ -z "${OUT:-}" ] || mkdir -p "$DATA" || exit 2
+set -e  # so that another shell than bash ends here
 source "$(dirname "${BASH_SOURCE[0]}")/../launch.sh"
 one_process
 
