@@ -37,7 +37,8 @@ def measures(cell):
     found = {}
     for name, content in cell["outputs"].items():
         if name.endswith("eval.json"):
-            found[f"accuracy, {name}"] = [content["test_acc1"]]
+            kind = "accuracy, linear probe" if name.startswith("probe") else "accuracy"
+            found[kind] = [content["test_acc1"]]
         elif name.endswith("knn.json"):
             found |= {f"k-NN, {percent}%": values for percent, values in content.items()}
         elif name.endswith("log.txt") and content and "val_loss" in content[-1]:
@@ -49,7 +50,10 @@ def gathered(cells):
     """{name of a figure: {(seed of the cell, number of its draw): one of each}}"""
     found = {}
     for cell in sorted(cells, key=lambda cell: cell["seed"]):
-        about = ", ".join(f"{name} {value}" for name, value in cell["about"].items())
+        about = ", ".join(
+            value if isinstance(value, str) else f"{name} {value}"
+            for name, value in cell["about"].items()
+        )
         for name, values in measures(cell).items():
             numbered = {(cell["seed"], number): value for number, value in enumerate(values)}
             found.setdefault(f"{about}: {name}", {}).update(numbered)
@@ -104,21 +108,36 @@ def compared(values, others, least, digits):
     return [*texts, " ".join(f"{points:+.{digits + 1}f}" for points in differences), said]
 
 
+def figure_rows(own, again):
+    """A table's rows, one for each figure of the project's cells.
+
+    Args:
+        own, again: cells of the project, and those that were run anew.
+    """
+    check_same_commands(own, again)
+    found = gathered(again)
+    made = []
+    for name, values in gathered(own).items():
+        least, digits = (LEAST_LOSS, 3) if name.endswith(LOSS) else (LEAST_POINTS, 1)
+        made.append([name, *compared(values, found.get(name, {}), least, digits)])
+    return made
+
+
+def counted(rows):
+    """Text: how many rows there are, and how many of each verdict."""
+    verdicts = [row[-1] for row in rows]
+    counts = [f"{verdicts.count(verdict)} {verdict}" for verdict in dict.fromkeys(verdicts)]
+    return f"{len(rows)} figures: {', '.join(counts)}"
+
+
 def compare(table, folder):
     """Print a table's rows; whether all figures are there and within the spread."""
     own, again = figures.read(table), figures.read(table, folder / running.RESULTS.name)
-    check_same_commands(own, again)
-    found = gathered(again)
-    rows = []
-    for name, values in gathered(own).items():
-        least, digits = (LEAST_LOSS, 3) if name.endswith(LOSS) else (LEAST_POINTS, 1)
-        rows.append([name, *compared(values, found.get(name, {}), least, digits)])
+    rows = figure_rows(own, again)
     print(f"{table}, project's: {figures.origin(own)}\n{table}, anew: {figures.origin(again)}\n")
     print(grid(HEAD, rows))
-    verdicts = [row[-1] for row in rows]
-    counts = [f"{verdicts.count(verdict)} {verdict}" for verdict in dict.fromkeys(verdicts)]
-    print(f"{table}: of {len(rows)} figures {', '.join(counts)}")
-    return not {BEYOND, PART, figures.NOT_RUN} & {*verdicts}
+    print(f"{table}, {counted(rows)}")
+    return not {BEYOND, PART, figures.NOT_RUN} & {row[-1] for row in rows}
 
 
 def main(args):

@@ -14,6 +14,7 @@ import figures
 import folders
 import plots
 import running
+import section_anew
 import section_transfer
 import section_trials
 import section_worth
@@ -86,6 +87,7 @@ def content(path):
 def page():
     """docs/results.md and the charts of its pictures."""
     sections = [section_transfer.section(table) for table in section_transfer.TABLES]
+    sections.append(section_anew.section())
     sections += [section_worth.ablations_section(), section_worth.cheap_section()]
     sections.append(section_trials.section())
     text = INTRODUCTION + section_transfer.INTRODUCTION

@@ -21,6 +21,7 @@ import numpy as np
 import plots
 import pytest
 import running
+import section_anew
 import section_transfer
 import section_trials
 import section_worth
@@ -124,6 +125,7 @@ def project(tmp_path, monkeypatch):
     monkeypatch.setattr(running, "ROOT", tmp_path)
     monkeypatch.setattr(running, "RESULTS", tmp_path / "recipes" / "results")
     monkeypatch.setattr(running, "OUTPUT", tmp_path / "recipes" / "output")
+    monkeypatch.setattr(section_anew, "FOLDER", tmp_path / "anew")
     monkeypatch.setattr(plots, "FOLDER", tmp_path / "docs" / "images" / "results")
     monkeypatch.setattr(table, "PAGE", tmp_path / "docs" / "results.md")
     monkeypatch.setattr(table, "README", tmp_path / "README.md")
@@ -238,7 +240,7 @@ def test_cells_that_were_not_run_say_so(project):
     assert "![" not in text
     rows = {row: ["not run"] * 3 for row in section_transfer.ROWS.values()}
     assert rows_of(text, "accuracy (%)") == rows
-    assert text.count("No cell was run.") == 5
+    assert text.count("No cell was run.") == 7  # five tables, one of them anew beside the project's
     assert rows_of(text, "decoder blocks")["2"] == ["not run"] * 4 + ["70.0", "84.9"]
 
 
@@ -487,23 +489,23 @@ def test_a_table_run_anew_is_compared_seed_by_seed(anew):
     found = {name.split(",")[0]: row for name, row in rows.items() if "accuracy" in name}
     assert code == 1
     assert found == {
-        "what finetune": [
+        "finetune": [
             "72.0 ± 2.0, n = 3",
             "72.7 ± 2.1, n = 3",
             "+1.00 +0.00 +1.00",
             "within the spread",
         ],
-        "what scratch": [
+        "scratch": [
             "51.0 ± 1.0, n = 3",
             "61.0 ± 1.0, n = 3",
             "+10.00 +10.00 +10.00",
             "beyond it",
         ],
-        "what scratch_long": ["73.0, n = 1", "not run", "", "not run"],
+        "scratch_long": ["73.0, n = 1", "not run", "", "not run"],
     }
-    loss = rows["what pretrain, model nano, epochs 100: held-out loss"]
+    loss = rows["pretrain, nano, epochs 100: held-out loss"]
     assert loss == ["0.800, n = 1", "0.800, n = 1", "+0.0000", "equal"]
-    assert "of 7 figures 4 equal, 1 within the spread, 1 beyond it, 1 not run" in said
+    assert "7 figures: 4 equal, 1 within the spread, 1 beyond it, 1 not run" in said
 
 
 @pytest.mark.parametrize(
@@ -521,7 +523,7 @@ def test_seeds_that_were_not_run_anew_are_not_mixed_up(anew):
     cells, others = transfer_cells(), transfer_cells(finetuned=(0.0, 72.5, 74.0))
     del others[2]  # fine-tuned, seed 0
     code, _, rows = anew(cells, others)
-    (found,) = (row for name, row in rows.items() if name.startswith("what finetune,"))
+    (found,) = (row for name, row in rows.items() if name.startswith("finetune,"))
     part = ["72.0 ± 2.0, n = 3", "73.2 ± 1.1, 2 of 3 seeds", "+0.50 +0.00", "within it, in part"]
     assert found == part
     assert code == 1
@@ -531,14 +533,24 @@ def test_seeds_that_were_run_anew_are_judged_though_others_are_missing(anew):
     cells, others = transfer_cells(), transfer_cells(finetuned=(0.0, 77.0, 79.0))
     del others[2]
     _, _, rows = anew(cells, others)
-    (found,) = (row for name, row in rows.items() if name.startswith("what finetune,"))
+    (found,) = (row for name, row in rows.items() if name.startswith("finetune,"))
     assert found[2:] == ["+5.00 +5.00", "beyond it"]
 
 
 def test_a_table_run_anew_with_the_same_figures_is_equal(anew):
     code, said, _ = anew(transfer_cells(), transfer_cells())
     assert code == 0
-    assert "of 7 figures 7 equal" in said
+    assert "7 figures: 7 equal" in said
+
+
+def test_the_page_has_the_table_that_was_run_anew(anew):
+    """By hand: 5 hours, 6 minutes and seven runs of half an hour."""
+    _, said, _ = anew(transfer_cells(), transfer_cells(finetuned=(71.0, 72.0, 75.0)))
+    text, _ = section_anew.section()
+    rows = [line for line in said.splitlines() if line.startswith("| ")]
+    assert len(rows) == 9 and set(rows) <= set(text.splitlines())
+    assert "\n7 figures: 6 equal, 1 within the spread.\n" in text
+    assert "\nAnew, 8.6 core-hours: 9 cells: commit abc1234; Zen 5; bfloat16" in text
 
 
 @pytest.mark.parametrize("folder", ["anew/output", "/new 'tables/output"])
