@@ -41,7 +41,7 @@ bench: $(READY)  ## measure speed, count memory, and write their pages
 	.venv/bin/python -m benchmarks.load
 	.venv/bin/python -m benchmarks.table
 
-results-small: $(READY)  ## run docs/results.md's table of Fashion-MNIST anew, in one to three hours, and compare
+results-small: $(READY)  ## run docs/results.md's table of Fashion-MNIST anew (1.5 to 5 core-hours), and compare
 	.venv/bin/python recipes/fashion_mnist.py --into recipes/output/anew
 	.venv/bin/python recipes/compare.py recipes/output/anew
 
