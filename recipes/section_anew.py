@@ -14,8 +14,8 @@ Fashion-MNIST's table, made again from nothing on another processor: a second cl
 results-small`. The results are in `recipes/anew`, and `python recipes/compare.py recipes/anew`
 prints these rows. A mean is within the spread if it differs by at most
 {compare.STANDARD_DEVIATIONS} standard deviations of the project's seeds, or by at most
-{compare.LEAST_POINTS} point of accuracy or {compare.LEAST_LOSS} of a loss. Both keep the same
-labels. All rows of MAE hang on one pre-training: they move together.
+{compare.LEAST_POINTS} point of accuracy or {compare.LEAST_LOSS} of a loss. Labels are in percent,
+and both keep the same ones. All rows of MAE hang on one pre-training: they move together.
 
 """
 

@@ -543,6 +543,11 @@ def test_a_table_run_anew_with_the_same_figures_is_equal(anew):
     assert "7 figures: 7 equal" in said
 
 
+def test_a_probe_and_a_fine_tuning_of_one_cell_are_two_figures():
+    both = cell({}, eval=70.0, probe=50.0)
+    assert compare.measures(both) == {"accuracy": [70.0], "accuracy, linear probe": [50.0]}
+
+
 def test_the_page_has_the_table_that_was_run_anew(anew):
     """By hand: 5 hours, 6 minutes and seven runs of half an hour."""
     _, said, _ = anew(transfer_cells(), transfer_cells(finetuned=(71.0, 72.0, 75.0)))
