@@ -45,6 +45,7 @@ ROOT = Path(__file__).parent.parent
 FOLDER = ROOT / "tests" / "golden"
 AMP = {"float32": "off", "bf16": "bf16"}
 TOLERANCE = 1e-5  # ten times what float32 differs by with other threads or instructions
+LIBRARIES = ("torch", "timm")  # whose versions may move a loss
 FIRST, STEPS = 20, 50  # how many losses the test compares, and the files hold
 
 # Between them: RGB, one band, images that are not square; raw and normalised pixels; updates of
@@ -92,6 +93,7 @@ def main(args):
         make(device, missing)
     bent = check(device, kept) if kept else []
     if bent:
+        bent += other_versions(device, kept)
         sys.exit("\n  ".join(["training is not what it was, see CONTRIBUTING.md:", *bent]))
 
 
@@ -229,6 +231,17 @@ def check(device, types):
                 if not far <= most:  # nor if it is nan
                     bent.append(line)
     return bent
+
+
+def other_versions(device, types):
+    """A line for each library whose version is another than when these types' files were made."""
+    own = report.versions()
+    return [
+        f"{file(device, dtype).name} was made with {name} {version}, this is {own[name]}"
+        for dtype in types
+        for name, version in json.loads(file(device, dtype).read_text())["versions"].items()
+        if name in LIBRARIES and own[name] != version
+    ]
 
 
 def make(device, types):

@@ -79,9 +79,10 @@ def test_a_gpu_gets_files_once_and_is_checked_from_then_on(monkeypatch, tmp_path
         {"float32": 1, "bf16": 1},
         {"float32": 1.000001, "bf16": 1.002},
         {"float32": 1, "bf16": 0.999},
-        # The files are made of these three, and compared with the next two.
+        # The files are made of these three, and compared with the next three.
         {"float32": 1.000009, "bf16": 0.9970},
         {"float32": 1.000011, "bf16": 1.0032},
+        {"float32": 2, "bf16": 2},
     ]
     rates = iter(runs)
 
@@ -109,6 +110,10 @@ def test_a_gpu_gets_files_once_and_is_checked_from_then_on(monkeypatch, tmp_path
     _, *bent = stopped.value.code.splitlines()
     assert len(bent) == 2 * 3 * len(golden.RECIPES)
     assert bent[0] == "  pretrain in float32: the first losses are 1.1e-05 off, 1.0e-05 is allowed"
+
+    monkeypatch.setattr(report, "versions", lambda: dict(torch="1.9", timm="0.3", numpy="1.0"))
+    with pytest.raises(SystemExit, match=r"bf16\.json was made with torch .*, this is 1.9"):
+        golden.main(args)
 
 
 @pytest.mark.parametrize("losses", [[1, 2.00003], [1, float("nan")], [1, float("inf")]])
