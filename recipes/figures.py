@@ -2,6 +2,7 @@
 
 import math
 import statistics
+from collections import Counter
 
 import running
 
@@ -13,9 +14,22 @@ STUDENT = 4.303  # standard errors of its 95% interval: Student's t, 2 degrees o
 
 
 def read(table, results=None):
-    """The JSON of a table's done cells, sorted by name, in a folder of results or the project's."""
+    """The JSON of a table's done cells, sorted by name, in a folder of results or the project's.
+
+    Each gets an entry `timed`: whether its time may be averaged with the others'. Such a time is
+    known whole, and is of the processor that ran most of the cells.
+    """
     folder = (results or running.RESULTS) / table
-    return [running.record(path) for path in sorted(folder.glob("*.json"))]
+    return mark_timed([running.record(path) for path in sorted(folder.glob("*.json"))])
+
+
+def mark_timed(cells):
+    """The cells of a table, each with the entry `timed` (see `read`)."""
+    processors = Counter(cell["hardware"]["cpu"] for cell in cells)
+    for cell in cells:
+        most_used = cell["hardware"]["cpu"] == processors.most_common(1)[0][0]
+        cell["timed"] = most_used and not cell["attempts_without_times"]
+    return cells
 
 
 def select(cells, **about):
@@ -48,15 +62,13 @@ def neighbours(cell, percent=100):
 
 
 def core_hours(cells):
-    """The mean processor time of those cells whose time is known whole, None without one."""
-    known = [cell["cpu_s"] for cell in cells if not cell["attempts_without_times"]]
+    """The mean processor time of the `timed` cells, None without one."""
+    known = [cell["cpu_s"] for cell in cells if cell["timed"]]
     return statistics.mean(known) / 3600 if known else None
 
 
 def pretraining_minutes(cell):
-    """Core-minutes of the cell's pre-training, None where an attempt was killed with its time."""
-    if cell["attempts_without_times"]:
-        return None
+    """Core-minutes of a `timed` cell's pre-training."""
     timed = zip(cell["commands"], cell["parts"], strict=True)
     return sum(part["cpu_s"] for line, part in timed if "main_pretrain.py" in line.split()) / 60
 

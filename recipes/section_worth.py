@@ -83,16 +83,16 @@ def measured(cells, measure):
 
 
 def minutes(cells):
-    """The mean core-minutes of the cells' pre-trainings; None if they are not known."""
-    known = [figures.pretraining_minutes(cell) for cell in cells]
-    return mean(known) if known and None not in known else None
+    """The mean core-minutes of the pre-trainings of `timed` cells, None without one."""
+    known = [figures.pretraining_minutes(cell) for cell in cells if cell["timed"]]
+    return mean(known) if known else None
 
 
 def minutes_text(cells):
     if not cells:
         return figures.NOT_RUN
     found = minutes(cells)
-    return "not known" if found is None else f"{found:.1f}"
+    return "not comparable" if found is None else f"{found:.1f}"
 
 
 def groups_of(vary, cells):

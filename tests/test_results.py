@@ -223,12 +223,21 @@ def test_the_scatter_of_seeds_is_pooled():
 
 
 def test_a_pre_training_s_share_of_a_cell():
-    made = cell({}, cpu_s=240)
-    assert figures.pretraining_minutes(made) == 3  # three quarters of 4 minutes
-    made["attempts_without_times"] = 1
-    assert figures.pretraining_minutes(made) is None
-    assert figures.core_hours([made]) is None
-    assert figures.core_hours([made, cell({}, cpu_s=7200)]) == 2
+    assert figures.pretraining_minutes(cell({}, cpu_s=240)) == 3  # three quarters of 4 minutes
+
+
+def test_a_mean_time_is_of_one_processor_and_of_whole_times(project):
+    about = {"what": "finetune", "model": "nano", "labels": 10, "epochs": 30}
+    elsewhere = cell(about, 2, cpu_s=36000, eval=62.0) | {"hardware": {"cpu": "another"}}
+    killed = cell(about, 3, cpu_s=3600, eval=62.0) | {"attempts_without_times": 1}
+    zen = [cell(about, seed, cpu_s=hours * 3600, eval=62.0) for seed, hours in enumerate((2, 4))]
+    project("fashion_mnist", [elsewhere, killed, *zen])
+    read = figures.read("fashion_mnist")
+    assert [made["timed"] for made in read] == [False, False, True, True]
+    assert figures.core_hours(read) == 3
+    assert figures.core_hours(read[:2]) is None
+    assert section_worth.minutes_text(read) == "135.0"  # three quarters of 3 hours
+    assert section_worth.minutes_text(read[:2]) == "not comparable"
 
 
 # ---- tables
