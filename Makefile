@@ -45,7 +45,7 @@ results-small: $(READY)  ## run docs/results.md's table of Fashion-MNIST anew (1
 	.venv/bin/python recipes/fashion_mnist.py --into recipes/output/anew
 	.venv/bin/python recipes/compare.py recipes/output/anew
 
-gpu: $(READY)  ## test and measure on a GPU, in less than 12 minutes
+gpu: $(READY)  ## test and measure on a GPU, for at most 12 minutes
 	.venv/bin/python -m benchmarks.gpu
 
 # Made anew when the requirements change; python -m venv --clear also mends a half-made one.

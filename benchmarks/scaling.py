@@ -65,9 +65,10 @@ rates.
   node. (512 images of huge take `--accum_iter 2`, see [memory.md](memory.md).)
 - **Compute**: forward and backward pass, counted as in memory.md, at 40% of 989
   TFLOP/s, an H100's dense bf16 ([data sheet](https://www.nvidia.com/en-us/data-center/h100/)). That
-  is faster than memory.md's estimate (26% to 35%), so communication and loading look worse here,
-  not better. The optimizer and the launches of kernels are left out. They weigh most where a GPU
-  has 8 images or fewer.
+  is faster than memory.md's estimate (26% to 35%) and than what one H100 did (19% to 24%, from
+  RESULTS.md's images/s, uncompiled). So communication and loading look worse here, not better. The
+  optimizer and the launches of kernels are left out. They weigh most where a GPU has 8 images or
+  fewer.
 - **All-reduce**: DDP adds up float32 gradients, 4 bytes for each trained parameter, once a step. A
   ring moves 2 (n - 1) / n times as much out of each of n GPUs ([Patarasuk and Yuan,
   2009](https://doi.org/10.1016/j.jpdc.2008.09.002)). Within a node it goes by NVLink, 450 GB/s in

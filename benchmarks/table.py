@@ -31,8 +31,7 @@ MEMORY_INTRODUCTION = """# What fits into a GPU's memory
 
 These figures are counted, not measured. The engines' training step runs on tensors that have a
 shape but no values. A test compares such counts with real allocations on a CPU. On an
-H100 and an H200 the peaks were at most those counted, and from 1% to 12% below them:
-benchmarks/README.md.
+H100 the peaks were at most those counted, and from 1% to 12% below them: benchmarks/README.md.
 
     peak memory in GiB = fixed + batch size x MiB per image / 1024
 
@@ -63,9 +62,10 @@ ESTIMATE_INTRODUCTION = """## Images a second: an estimate
 
 **This is an estimate. Nothing in this table was measured.** It is for one GPU, bf16, without
 `--compile`, with images that are always ready. It is too high where it was put to the test:
-on an H100 `mae_vit_base_patch16` made 3,190 images a second, 0.74 of the estimate, large 1,730,
-0.69, and huge 665, 0.55 ([RESULTS.md](../benchmarks/RESULTS.md), with batches of 256, 128 and 64).
-A step's time is the sum of
+an H100 made 0.74 of it with `mae_vit_base_patch16` (3,190 images a second), 0.69 with large
+(1,730), 0.55 with huge (665) and 0.84 with `vit_base_patch16` (2,280), see
+[RESULTS.md](../benchmarks/RESULTS.md), with batches of 256, 128, 64 and 128. A step's time is the
+sum of
 
 - layers' matrix products, by their operations,
 - attention, by its operations,

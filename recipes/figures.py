@@ -2,13 +2,13 @@
 
 import math
 import statistics
-from collections import Counter
+from collections import Counter, defaultdict
 
 import running
 
 from util.errors import UserError
 
-NOT_RUN, NOISE = "not run", "within the noise"
+NOT_RUN, NO_TIME, NOISE = "not run", "no comparable time", "within the noise"
 SEEDS = 3  # a difference is judged by so many
 STUDENT = 4.303  # standard errors of its 95% interval: Student's t, 2 degrees of freedom
 
@@ -16,19 +16,22 @@ STUDENT = 4.303  # standard errors of its 95% interval: Student's t, 2 degrees o
 def read(table, results=None):
     """The JSON of a table's done cells, sorted by name, in a folder of results or the project's.
 
-    Each gets an entry `timed`: whether its time may be averaged with the others'. Such a time is
-    known whole, and is of the processor that ran most of the cells.
+    Each gets an entry `timed`: its whole time is known, and it ran on the processor that ran most
+    of its model's cells, the first one of several.
     """
     folder = (results or running.RESULTS) / table
     return mark_timed([running.record(path) for path in sorted(folder.glob("*.json"))])
 
 
 def mark_timed(cells):
-    """The cells of a table, each with the entry `timed` (see `read`)."""
-    processors = Counter(cell["hardware"]["cpu"] for cell in cells)
+    """The cells of a table, each with the entry `timed`, see `read`."""
+    processors = defaultdict(Counter)
     for cell in cells:
-        most_used = cell["hardware"]["cpu"] == processors.most_common(1)[0][0]
-        cell["timed"] = most_used and not cell["attempts_without_times"]
+        processors[cell["about"].get("model")][cell["hardware"]["cpu"]] += 1
+    for cell in cells:
+        ((most_used, _),) = processors[cell["about"].get("model")].most_common(1)
+        on_it = cell["hardware"]["cpu"] == most_used
+        cell["timed"] = on_it and not cell["attempts_without_times"]
     return cells
 
 
@@ -68,9 +71,9 @@ def core_hours(cells):
 
 
 def pretraining_minutes(cell):
-    """Core-minutes of a `timed` cell's pre-training."""
-    timed = zip(cell["commands"], cell["parts"], strict=True)
-    return sum(part["cpu_s"] for line, part in timed if "main_pretrain.py" in line.split()) / 60
+    """Core-minutes of the cell's pre-training."""
+    parts = zip(cell["commands"], cell["parts"], strict=True)
+    return sum(part["cpu_s"] for line, part in parts if "main_pretrain.py" in line.split()) / 60
 
 
 def mean_and_std(values, expected, digits=1):

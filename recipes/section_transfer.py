@@ -185,7 +185,7 @@ def cost(cells, pretraining):
 
 def duration(hours):
     if hours is None:
-        return "not known"
+        return figures.NO_TIME
     return f"{hours:.1f} h" if hours >= 1 else f"{60 * hours:.1f} min"
 
 
@@ -251,7 +251,8 @@ def measured_lines(cells):
         )
     for what, label in (("pretrain", "pre-training"), ("finetune", "fine-tuning")):
         about = {"labels": 100} if what == "finetune" else {}
-        hours = figures.core_hours(figures.select(cells, what=what, model="nano", **about))
-        time = figures.NOT_RUN if hours is None else f"{duration(hours)} of a core"
-        lines.append(f"{label}: {time}")
+        found = figures.select(cells, what=what, model="nano", **about)
+        hours = figures.core_hours(found)
+        time = duration(hours) + " of a core" * (hours is not None)
+        lines.append(f"{label}: {time if found else figures.NOT_RUN}")
     return lines

@@ -92,7 +92,7 @@ def minutes_text(cells):
     if not cells:
         return figures.NOT_RUN
     found = minutes(cells)
-    return "not comparable" if found is None else f"{found:.1f}"
+    return figures.NO_TIME if found is None else f"{found:.1f}"
 
 
 def groups_of(vary, cells):
@@ -202,7 +202,7 @@ def cheap_section():
     panels = {measure: {"title": measure, **axes, "lines": []} for measure in MEASURES}
     rows = []
     for style, (recipe, label) in enumerate(LABELS.items()):
-        timed = []
+        plotted = []
         changes, lengths = efficient.RECIPES[recipe]
         for budget, epochs in zip(efficient.BUDGETS, lengths, strict=True):
             group = figures.select(cells, recipe=recipe, budget=budget)
@@ -216,9 +216,9 @@ def cheap_section():
                     *texts,
                 ]
             )
-            timed += [group] if minutes(group) is not None else []
-        for measure, panel in panels.items() if timed else ():
-            samples = {minutes(group): measured(group, measure) for group in timed}
+            plotted += [group] if minutes(group) is not None else []
+        for measure, panel in panels.items() if plotted else ():
+            samples = {minutes(group): measured(group, measure) for group in plotted}
             line = seeds_and_mean(f"{label}: mean; open marks: seeds", samples, style)
             panel["lines"].append(line)
     chart = {

@@ -111,9 +111,17 @@ def test_a_gpu_gets_files_once_and_is_checked_from_then_on(monkeypatch, tmp_path
     assert len(bent) == 2 * 3 * len(golden.RECIPES)
     assert bent[0] == "  pretrain in float32: the first losses are 1.1e-05 off, 1.0e-05 is allowed"
 
-    monkeypatch.setattr(report, "versions", lambda: dict(torch="1.9", timm="0.3", numpy="1.0"))
-    with pytest.raises(SystemExit, match=r"bf16\.json was made with torch .*, this is 1.9"):
+    installed = report.versions()
+    here = installed | {"torch": "1.9", "numpy": "1.0"}  # numpy moves no loss
+    monkeypatch.setattr(report, "versions", lambda: here)
+    with pytest.raises(SystemExit) as stopped:
         golden.main(args)
+    made_with = f"was made with torch {installed['torch']}, this is 1.9"
+    assert stopped.value.code.splitlines()[-2:] == [
+        f"  a_gpu_of_80_gb_float32.json {made_with}",
+        f"  a_gpu_of_80_gb_bf16.json {made_with}",
+    ]
+    assert stopped.value.code.count("was made with") == 2
 
 
 @pytest.mark.parametrize("losses", [[1, 2.00003], [1, float("nan")], [1, float("inf")]])

@@ -26,7 +26,8 @@ from util import flags
 RECIPES = ROOT / "recipes"
 SCRIPTS = sorted(path for path in RECIPES.rglob("*.sh") if path.name != "launch.sh")
 ON_GPUS = [path for path in SCRIPTS if path.parent.name not in ("small", "domain")]
-SIZES = json.loads((ROOT / "benchmarks" / "results" / "memory.json").read_text())["results"]
+MEASURED = ROOT / "benchmarks" / "results"
+SIZES = json.loads((MEASURED / "memory.json").read_text())["results"]
 IMAGES = 1_281_167  # of ImageNet's training
 
 # Writes its name and its arguments to CALLS. Python runs what is not of this project.
@@ -243,19 +244,27 @@ def test_settings_are_the_papers(record, size):
 
 
 @pytest.mark.parametrize("size", PAPERS)
-def test_estimated_hours_follow_from_images_a_second(record, size):
-    """The estimate of docs/memory.md, which has none for fine-tuning huge."""
+def test_hours_follow_from_images_a_second(record, size):
+    """Measured ones of an H100, or docs/memory.md's estimate; huge's fine-tuning has neither."""
     script = RECIPES / "imagenet" / f"{size}.sh"
+    text = " ".join(line.strip("# ") for line in script.read_text().splitlines())
     pretrain, finetune, *_ = commands(record(script))
-    hours = []
-    for task, (_, args, _) in (("pretrain", pretrain), ("finetune", finetune)):
-        if estimate := SIZES[task][args.model].get("estimate"):
+    for task, name, (_, args, _) in (
+        ("pretrain", "pre-training", pretrain),
+        ("finetune", "fine-tuning", finetune),
+    ):
+        measured = MEASURED / f"{task}_{args.model}_224px_cuda.json"
+        if measured.exists():
+            results = json.loads(measured.read_text())["results"]
+            speed = results["ours:bf16"]["images_per_s"]["median"]
+        elif estimate := SIZES[task][args.model].get("estimate"):
             speed = round(estimate["H100"]["images_per_s"], -2)
-            hours.append(round(args.epochs * IMAGES / speed / 3600))
-    told = "estimated on one H100: {} for pre-training, {} for fine-tuning"
-    if len(hours) == 1:
-        told = told.split(",")[0]
-    assert f"{told.format(*hours)}\n" in script.read_text()
+        else:
+            assert f"for {name}" not in text
+            continue
+        hours = round(args.epochs * IMAGES / speed / 3600)
+        assert f" {hours} for {name}" in text
+        assert (f"for {name}, an estimate" in text) == (not measured.exists())
 
 
 def test_part_of_the_images_is_spread_over_the_classes(record, tmp_path):

@@ -231,13 +231,15 @@ def test_a_mean_time_is_of_one_processor_and_of_whole_times(project):
     elsewhere = cell(about, 2, cpu_s=36000, eval=62.0) | {"hardware": {"cpu": "another"}}
     killed = cell(about, 3, cpu_s=3600, eval=62.0) | {"attempts_without_times": 1}
     zen = [cell(about, seed, cpu_s=hours * 3600, eval=62.0) for seed, hours in enumerate((2, 4))]
-    project("fashion_mnist", [elsewhere, killed, *zen])
-    read = figures.read("fashion_mnist")
+    tiny = cell(about | {"model": "tiny"}) | {"hardware": {"cpu": "another"}}
+    project("fashion_mnist", [elsewhere, killed, *zen, tiny])
+    *read, tiny = figures.read("fashion_mnist")
     assert [made["timed"] for made in read] == [False, False, True, True]
+    assert tiny["timed"]  # most of its model's cells ran there
     assert figures.core_hours(read) == 3
     assert figures.core_hours(read[:2]) is None
     assert section_worth.minutes_text(read) == "135.0"  # three quarters of 3 hours
-    assert section_worth.minutes_text(read[:2]) == "not comparable"
+    assert section_worth.minutes_text(read[:2]) == "no comparable time"
 
 
 # ---- tables
@@ -418,6 +420,9 @@ def test_small_scripts_tell_what_was_measured(project, tmp_path):
         "# measured: fine-tuning: 1.5 h of a core",
         "run",
     ]
+    killed = pretrained | {"attempts_without_times": 1}
+    (running.RESULTS / "fashion_mnist" / "nano-pretrain.json").write_text(json.dumps(killed))
+    assert "# measured: pre-training: no comparable time\n" in table.script(path)
 
 
 SCRIPTS = (ablations, cifar10, cifar10_trials, efficient, fashion_mnist)

@@ -8,9 +8,8 @@
 # EPOCHS=800 pre-trains half as long.
 #
 # not run here
-# hours: not measured here; estimated on one H100: 132 for pre-training, 13 for fine-tuning
-#     (docs/memory.md's images a second, without evaluation and waiting for images; the one speed
-#     measured, ViT-B's on an H200, is 0.55 of its estimate: expect about twice the hours)
+# hours: not measured here; on one H100 178 for pre-training and 16 for fine-tuning, by the speed of
+#     steps measured there (benchmarks/RESULTS.md, without --compile, evaluation and waiting for images)
 # expected: 83.6% fine-tuned, 68.0% linear probe (the paper)
 # spread: 83.454% with a standard deviation of 0.065 over five runs (mae issue 91)
 # neighbours: 83.1, 83.3, 83.3, 83.5% fine-tuned, 60.8, 62.5, 65.1, 67.1% probed after 300, 400,

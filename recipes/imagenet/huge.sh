@@ -9,9 +9,8 @@
 # EPOCHS=800 pre-trains half as long.
 #
 # not run here
-# hours: not measured here; estimated on one H100: 475 for pre-training
-#     (docs/memory.md's images a second, without evaluation and waiting for images; the one speed
-#     measured, ViT-B's on an H200, is 0.55 of its estimate: expect about twice the hours)
+# hours: not measured here; on one H100 857 for pre-training, by the speed of steps measured there
+#     (benchmarks/RESULTS.md, without --compile, evaluation and waiting for images)
 # expected: 86.9% fine-tuned, 76.6% linear probe (the paper)
 # spread: not known; mae issue 91 reports 86.882%
 set -e  # so that another shell than bash ends here

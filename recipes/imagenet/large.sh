@@ -8,9 +8,9 @@
 # EPOCHS=800 pre-trains half as long.
 #
 # not run here
-# hours: not measured here; estimated on one H100: 228 for pre-training, 20 for fine-tuning
-#     (docs/memory.md's images a second, without evaluation and waiting for images; the one speed
-#     measured, ViT-B's on an H200, is 0.55 of its estimate: expect about twice the hours)
+# hours: not measured here; on one H100 330 for pre-training, by the speed of steps measured there
+#     (benchmarks/RESULTS.md, without --compile, evaluation and waiting for images), and 20 for
+#     fine-tuning, an estimate (docs/memory.md; pre-training reached 0.69 of its own)
 # expected: 85.9% fine-tuned, 75.8% linear probe (the paper)
 # spread: not known; mae issue 91 reports 85.637%
 set -e  # so that another shell than bash ends here
