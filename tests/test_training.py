@@ -152,6 +152,18 @@ def test_a_host_without_memory_for_a_copy_costs_a_save_and_not_the_run(
     assert "could not be written" in user_error(checkpoints.finish)
 
 
+def test_a_worker_killed_while_a_save_begins_is_no_lack_of_memory(tmp_path, monkeypatch, capsys):
+    state, checkpoints = small_training(tmp_path)
+
+    def fail(*_):  # torch raises this wherever the main thread is
+        raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed.")
+
+    monkeypatch.setattr(training, "tree_map_only", fail)
+    with pytest.raises(RuntimeError, match="DataLoader worker"):
+        checkpoints.save_last(state)
+    assert capsys.readouterr().err == ""
+
+
 @pytest.mark.parametrize("has_links", [True, False])
 def test_an_epoch_is_written_once_under_all_of_its_names(tmp_path, monkeypatch, has_links):
     def no_links(*_):

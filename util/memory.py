@@ -38,7 +38,7 @@ def explain_running_out(
     try:
         yield
     except RuntimeError as error:
-        if not any(text in str(error) for text in RUNNING_OUT):
+        if not has_run_out(error):
             raise
         if fixed_by:
             raise UserError(
@@ -63,6 +63,11 @@ def explain_running_out(
             f"{problem}: add to the same command, which then continues from the last checkpoint, "
             f"{advice}"
         ) from error
+
+
+def has_run_out(error: RuntimeError) -> bool:
+    """Whether the error is that of an allocation. A killed worker's may come anywhere too."""
+    return any(text in str(error) for text in RUNNING_OUT)
 
 
 def counted_gib(

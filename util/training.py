@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 import util
-from util import distributed, launching, optim, restarts, watching
+from util import distributed, launching, memory, optim, restarts, watching
 from util.checkpoint import (
     BEST,
     LAST,
@@ -477,6 +477,8 @@ class Checkpoints:
                     Tensor, lambda tensor: tensor.to("cpu", non_blocking=True, copy=True), contents
                 )
             except RuntimeError as error:
+                if not memory.has_run_out(error):
+                    raise
                 warn(f"no checkpoint is written, the host has no memory for a copy: {error}")
                 self.writer.last_succeeded = False
                 return
