@@ -13,8 +13,9 @@ demo: $(READY)  ## pre-train a small model on the bundled images, on the CPU, an
 test: $(READY) lint  ## lint, then run the tests
 	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n 2 --dist worksteal
 
-test-faults: $(READY)  ## inject all faults of tests/faults, in less than 15 minutes
+test-faults: $(READY)  ## inject all faults of tests/faults and run what else takes long, in less than 15 minutes
 	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n 2 --dist worksteal -m "" tests/faults
+	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -m thorough tests --ignore tests/faults
 
 test-slurm: $(READY)  ## install Slurm, as root, and run its tests
 	which slurmctld munged >/dev/null || apt-get install -y --no-install-recommends slurm-wlm munge

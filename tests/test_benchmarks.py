@@ -393,6 +393,7 @@ def test_the_page_has_the_tables_that_the_results_make():
 # ---- load
 
 
+@pytest.mark.thorough
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_load_writes_what_it_has_seen_of_real_runs(tmp_path, monkeypatch, capsys):
     """But packing and starting, which take longer than a test should, are left out."""

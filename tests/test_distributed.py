@@ -129,6 +129,7 @@ def test_three_processes_resume_to_the_same_bits(pretrain_flags):
     assert_ended_as_undisturbed(SCRIPT, flags, processes=3)
 
 
+@pytest.mark.thorough
 def test_a_dead_process_is_named_under_torchrun(pretrain_flags):
     """Though torchrun sends SIGTERM to the other one meanwhile."""
     flags = pretrain_flags | {"batch_size": 1, "epochs": 10_000, "log_every": 1}
@@ -146,7 +147,9 @@ def test_a_dead_process_is_named_under_torchrun(pretrain_flags):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells a process of it")
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGUSR1])
+@pytest.mark.parametrize(
+    "number", [signal.SIGKILL, pytest.param(signal.SIGUSR1, marks=pytest.mark.thorough)]
+)
 def test_processes_save_and_stop_when_torchrun_dies(pretrain_flags, number):
     flags = pretrain_flags | {"batch_size": 1, "epochs": 10_000, "log_every": 1}
     process = start_fresh(SCRIPT, flags, processes=2)

@@ -151,9 +151,12 @@ def uninterrupted(image_folder, encoder, tmp_path_factory):
     return outcome
 
 
+BF16 = pytest.param(signal.SIGKILL, "bf16", 14, marks=pytest.mark.thorough)
+
+
 @pytest.mark.parametrize(
     ("number", "amp", "kill_line"),
-    [(signal.SIGKILL, "off", 20), (signal.SIGTERM, "off", 7), (signal.SIGKILL, "bf16", 14)],
+    [(signal.SIGKILL, "off", 20), (signal.SIGTERM, "off", 7), BF16],
 )
 def test_killed_and_resumed_equals_uninterrupted(
     image_folder, encoder, tmp_path, uninterrupted, number, amp, kill_line

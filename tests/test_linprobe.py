@@ -112,9 +112,12 @@ def uninterrupted(image_folder, encoder, tmp_path_factory):
     return outcome
 
 
+BF16 = pytest.param(signal.SIGTERM, "bf16", 18, marks=pytest.mark.thorough)
+
+
 @pytest.mark.parametrize(
     ("number", "amp", "kill_line"),
-    [(signal.SIGKILL, "off", 13), (signal.SIGTERM, "off", 4), (signal.SIGTERM, "bf16", 18)],
+    [(signal.SIGKILL, "off", 13), (signal.SIGTERM, "off", 4), BF16],
 )
 def test_killed_and_resumed_equals_uninterrupted(
     image_folder, encoder, tmp_path, uninterrupted, number, amp, kill_line

@@ -239,7 +239,9 @@ def test_a_name_that_no_cell_has_is_refused():
         run([Cell("a", [log("a")], {})], only=["b"])
 
 
-@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize(
+    "sent", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.thorough)]
+)
 def test_an_interrupted_cell_goes_on_and_its_times_are_added(tmp_path, sent):
     """The command hears of Ctrl-C and ends as ours do; the second call finishes it."""
     program = tmp_path / "table.py"
