@@ -2,7 +2,6 @@
 
 import math
 import statistics
-from collections import Counter, defaultdict
 
 import running
 
@@ -16,23 +15,21 @@ STUDENT = 4.303  # standard errors of its 95% interval: Student's t, 2 degrees o
 def read(table, results=None):
     """The JSON of a table's done cells, sorted by name, in a folder of results or the project's.
 
-    Each gets an entry `timed`: its whole time is known, and it ran on the processor that ran most
+    Each gets an entry `timed`: its whole time is known, and it ran on the hardware that ran most
     of its model's cells, the first one of several.
     """
     folder = (results or running.RESULTS) / table
-    return mark_timed([running.record(path) for path in sorted(folder.glob("*.json"))])
-
-
-def mark_timed(cells):
-    """The cells of a table, each with the entry `timed`, see `read`."""
-    processors = defaultdict(Counter)
+    cells = [running.record(path) for path in sorted(folder.glob("*.json"))]
     for cell in cells:
-        processors[cell["about"].get("model")][cell["hardware"]["cpu"]] += 1
-    for cell in cells:
-        ((most_used, _),) = processors[cell["about"].get("model")].most_common(1)
-        on_it = cell["hardware"]["cpu"] == most_used
-        cell["timed"] = on_it and not cell["attempts_without_times"]
+        same_model = [c for c in cells if c["about"].get("model") == cell["about"].get("model")]
+        usual = statistics.mode(hardware(other) for other in same_model)
+        cell["timed"] = hardware(cell) == usual and not cell["attempts_without_times"]
     return cells
+
+
+def hardware(cell):
+    """Text: the processor that ran a cell, and its GPU if it had one."""
+    return ", ".join(cell["hardware"].values())
 
 
 def select(cells, **about):
@@ -134,7 +131,7 @@ def origin(cells):
     count = f"{len(cells)} cells" if len(cells) > 1 else "1 cell"
     parts = [
         shares([f"commit {cell['commit']}" for cell in cells]),
-        shares([", ".join(cell["hardware"].values()) for cell in cells]),
+        shares([hardware(cell) for cell in cells]),
         shares([cell["amp_auto"] for cell in cells]),
         shares([", ".join(f"{k} {v}" for k, v in cell["versions"].items()) for cell in cells]),
     ]

@@ -45,8 +45,9 @@ is one run with one seed and has one JSON file: commands, times, commit, hardwar
 - **Time** is processor time: of all commands of a run, with loading and evaluation. Wall time says
   less, because other work shared the machine. Runs compute in one thread of a CPU, never on a GPU,
   and a second process loads images: a training may use 1.3 cores. Mean times count
-  only runs on the processor that ran most of the table's cells. Accuracies are averaged over
-  processors: in [Fashion-MNIST's](#run-anew) they differed less than over seeds.
+  only runs on the hardware that ran most cells of the table's model. Accuracies are averaged over
+  processors: [Fashion-MNIST's](#run-anew) means differ by less than half a point between two,
+  where all seeds were run.
 - A missing cell says **not run**. If some seeds are missing, it says "2 of 3 seeds".
 - **What was decided on which data**: [trials](#trials) chose learning rates, layer decay, crop,
   augmentation, batch, decoder and target. They hold out a tenth of CIFAR-10's training images and

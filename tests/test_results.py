@@ -228,7 +228,8 @@ def test_a_pre_training_s_share_of_a_cell():
 
 def test_a_mean_time_is_of_one_processor_and_of_whole_times(project):
     about = {"what": "finetune", "model": "nano", "labels": 10, "epochs": 30}
-    elsewhere = cell(about, 2, cpu_s=36000, eval=62.0) | {"hardware": {"cpu": "another"}}
+    on_gpu = {"hardware": {"cpu": "Zen 5", "gpu": "H100"}}
+    elsewhere = cell(about, 2, cpu_s=36000, eval=62.0) | on_gpu
     killed = cell(about, 3, cpu_s=3600, eval=62.0) | {"attempts_without_times": 1}
     zen = [cell(about, seed, cpu_s=hours * 3600, eval=62.0) for seed, hours in enumerate((2, 4))]
     tiny = cell(about | {"model": "tiny"}) | {"hardware": {"cpu": "another"}}

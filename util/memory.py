@@ -66,7 +66,7 @@ def explain_running_out(
 
 
 def has_run_out(error: RuntimeError) -> bool:
-    """Whether the error is that of an allocation. A killed worker's may come anywhere too."""
+    """Whether the error says that an allocation failed."""
     return any(text in str(error) for text in RUNNING_OUT)
 
 

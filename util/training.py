@@ -477,7 +477,7 @@ class Checkpoints:
                     Tensor, lambda tensor: tensor.to("cpu", non_blocking=True, copy=True), contents
                 )
             except RuntimeError as error:
-                if not memory.has_run_out(error):
+                if not memory.has_run_out(error):  # torch raises a killed worker's anywhere
                     raise
                 warn(f"no checkpoint is written, the host has no memory for a copy: {error}")
                 self.writer.last_succeeded = False

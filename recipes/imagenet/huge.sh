@@ -10,7 +10,8 @@
 #
 # not run here
 # hours: not measured here; on one H100 857 for pre-training, by the speed of steps measured there
-#     (benchmarks/RESULTS.md, without --compile, evaluation and waiting for images)
+#     (benchmarks/RESULTS.md, without --compile, evaluation and waiting for images); the
+#     fine-tuning's are neither measured nor estimated
 # expected: 86.9% fine-tuned, 76.6% linear probe (the paper)
 # spread: not known; mae issue 91 reports 86.882%
 set -e  # so that another shell than bash ends here
