@@ -20,7 +20,7 @@ import running
 
 from benchmarks.table import grid
 from util import cli
-from util.errors import UserError
+from util.errors import UserError, say
 
 STANDARD_DEVIATIONS = 2
 LOSS = "held-out loss"
@@ -134,9 +134,11 @@ def compare(table, folder):
     """Print a table's rows; whether all figures are there and within the spread."""
     own, again = figures.read(table), figures.read(table, folder / running.RESULTS.name)
     rows = figure_rows(own, again)
-    print(f"{table}, project's: {figures.origin(own)}\n{table}, anew: {figures.origin(again)}\n")
-    print(grid(HEAD, rows))
-    print(f"{table}, {counted(rows)}")
+    say(
+        f"{table}, project's: {figures.origin(own)}\n{table}, anew: {figures.origin(again)}\n\n"
+        f"{grid(HEAD, rows)}\n{table}, {counted(rows)}",
+        sys.stdout,
+    )
     return not {BEYOND, PART, figures.NOT_RUN} & {row[-1] for row in rows}
 
 

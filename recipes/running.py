@@ -29,7 +29,7 @@ import torch  # noqa: E402
 from benchmarks import report  # noqa: E402
 from util import cli, precision  # noqa: E402
 from util.checkpoint import write_whole  # noqa: E402
-from util.errors import UserError  # noqa: E402
+from util.errors import UserError, say  # noqa: E402
 
 RESULTS = ROOT / "recipes" / "results"
 OUTPUT = ROOT / "recipes" / "output"
@@ -181,14 +181,15 @@ def start(args, make_cells, table, prepare):
     chosen = choose(table, args.only)
     if args.list:
         for cell in [cell for cell in table.cells.values() if cell.name in chosen]:
-            print("done   " if table.result(cell).exists() else "not run", cell.name)
+            done = "done   " if table.result(cell).exists() else "not run"
+            say(f"{done} {cell.name}", sys.stdout)
         return
     try:
         prepare()
         if not run(table, chosen, args.jobs):
             sys.exit(1)
     except KeyboardInterrupt:
-        print("interrupted: the same command goes on", file=sys.stderr)
+        say("interrupted: the same command goes on", sys.stderr)
         raise
 
 
@@ -218,7 +219,7 @@ def run(table, chosen, jobs):
     waiting.sort(key=cells.index)
     done = {cell.name for cell in cells if cell not in waiting}
     total = len(waiting)
-    print(f"{len(done)} of {len(cells)} cells are done, {total} to run", flush=True)
+    say(f"{len(done)} of {len(cells)} cells are done, {total} to run", sys.stdout)
     running, failed = {}, []
     runner = Runner(table)
     with concurrent.futures.ThreadPoolExecutor(jobs) as pool:
@@ -237,12 +238,12 @@ def run(table, chosen, jobs):
                     cell = running.pop(future)
                     (done.add if future.result() else failed.append)(cell.name)
                     ended = total - len(waiting) - len(running)
-                    print(f"{ended} of {total} cells, {len(failed)} failed", flush=True)
+                    say(f"{ended} of {total} cells, {len(failed)} failed", sys.stdout)
         except BaseException:
             runner.stop()
             raise
     for cell in waiting:
-        print(f"not run: {cell.name}, which needs {', '.join(cell.needs)}")
+        say(f"not run: {cell.name}, which needs {', '.join(cell.needs)}", sys.stdout)
     return not failed and not waiting
 
 
@@ -293,10 +294,10 @@ class Runner:
             with cell_folder(folder) as lock:
                 return self.run_in(folder, cell, lock)
         except UserError as error:
-            print(f"failed: {cell.name}: {error}", flush=True)
+            say(f"failed: {cell.name}: {error}", sys.stdout)
         except Exception:
             traceback.print_exc()
-            print(f"failed: {cell.name}", flush=True)
+            say(f"failed: {cell.name}", sys.stdout)
         return False
 
     def run_in(self, folder, cell, lock):
@@ -304,18 +305,19 @@ class Runner:
         attempts = Attempts(folder / ATTEMPTS, lines(cell))
         path = self.table.result(cell)
         if path.exists() and is_whole(self.table, cell):
-            print(f"{cell.name}: done by another runner", flush=True)
+            say(f"{cell.name}: done by another runner", sys.stdout)
             return True
         for number, command in enumerate(cell.commands):
-            print(f"{cell.name}: python {shlex.join(command)}", flush=True)
+            say(f"{cell.name}: python {shlex.join(command)}", sys.stdout)
             code = self.execute(number, command, folder / "console.txt", attempts, lock)
             if code:
                 if not self.stopped:
-                    print(f"failed: {cell.name}, see {folder / 'console.txt'}", flush=True)
+                    say(f"failed: {cell.name}, see {folder / 'console.txt'}", sys.stdout)
                 return False
         attempts.finish()
         if path.exists():
-            print(f"{cell.name}: done again, as its output was gone; {shown(path)} stays")
+            line = f"{cell.name}: done again, as its output was gone; {shown(path)} stays"
+            say(line, sys.stdout)
             return True
         path.parent.mkdir(parents=True, exist_ok=True)
         made = {

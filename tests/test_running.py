@@ -1,5 +1,6 @@
 """The runner of the recipes' cells, with commands of a few milliseconds, and their folders."""
 
+import contextlib
 import json
 import os
 import shutil
@@ -55,6 +56,17 @@ def run(cells, jobs=2, only=("*",)):
 
 def result(name):
     return json.loads((running.RESULTS / "table" / f"{name}.json").read_text())
+
+
+@contextlib.contextmanager
+def nobody_reads():
+    """Stdout is a pipe whose reader is gone, as after `| head`."""
+    read, write = os.pipe()
+    os.close(read)
+    with os.fdopen(write, "w") as stream, contextlib.redirect_stdout(stream):
+        with pytest.raises(BrokenPipeError):
+            print("a line", flush=True)
+        yield
 
 
 def lines_of(name):
@@ -120,6 +132,16 @@ def test_a_failed_cell_is_named_and_the_others_go_on(capsys):
     assert [path.stem for path in (running.RESULTS / "table").iterdir()] == ["good"]
     console = running.ROOT / running.output("table", "bad") / "console.txt"
     assert console.read_text() == "why\n"
+
+
+def test_cells_are_run_and_listed_though_nobody_reads():
+    cells = [Cell("bad", [script("exit(2)")], {}), Cell("good", [log("good")], {})]
+    args = SimpleNamespace(into=None, only=["*"], list=True)
+    with nobody_reads():
+        assert not run(cells, jobs=1)
+    assert [path.stem for path in (running.RESULTS / "table").iterdir()] == ["good"]
+    with nobody_reads():
+        running.start(args, lambda _args: cells, "table", lambda: None)
 
 
 def test_what_a_cell_needs_is_run_again_if_its_output_is_gone(capsys):
