@@ -12,6 +12,7 @@ set -euo pipefail
 
 fail() { echo "error: $*" >&2; exit 2; }
 
+command -v python > /dev/null || fail "there is no python here: . .venv/bin/activate"
 for name in DATA OUT; do
     [ -n "${!name:-}" ] || fail "$name is not set: DATA=IMAGES OUT=FOLDER bash $0"
 done

@@ -1,9 +1,10 @@
 """Pictures of results, as SVG by matplotlib, which is imported only to draw.
 
 A chart is plain data: {"name", "alt", "rows": [[panel or None, ...], ...]}. A panel is {"title",
-"x", "y", "lines"}, with "ticks" [[x, name], ...] if each x has one. A line is {"label", "style",
-"x", "y"}, with "points" [[x, y], ...], the single seeds, if y are means. A picture holds its
-chart's fingerprint: one can tell, without drawing it, whether it is what the results make.
+"x", "y", "lines"}, with "ticks" [[x, name], ...] if each x has one, and "span", the least range of
+y in points, if it isn't `LEAST_SPAN`. A line is {"label", "style", "x", "y"}, with "points" [[x,
+y], ...], the single seeds, if y are means, and "apart" if only its marks are drawn. A picture holds
+its chart's fingerprint: one can tell, without drawing it, whether it is what the results make.
 """
 
 import hashlib
@@ -112,17 +113,17 @@ def draw(chart):
         axes.spines[["top", "right"]].set_visible(False)
         axes.margins(x=0.1, y=0.1)
         if panel["y"] == ACCURACY:
-            widen(axes)
+            widen(axes, panel.get("span", LEAST_SPAN))
     figure.legend(handles.values(), handles.keys(), loc="outside upper center", ncols=3)
     return figure
 
 
-def widen(axes):
-    """Show at least `LEAST_SPAN` percentage points, so that noise does not look like a trend."""
+def widen(axes, span):
+    """Show at least `span` percentage points, so that noise does not look like a trend."""
     low, high = axes.get_ylim()
-    if high - low < LEAST_SPAN:
+    if high - low < span:
         middle = (low + high) / 2
-        axes.set_ylim(middle - LEAST_SPAN / 2, middle + LEAST_SPAN / 2)
+        axes.set_ylim(middle - span / 2, middle + span / 2)
 
 
 def draw_line(axes, line, style):
@@ -130,6 +131,8 @@ def draw_line(axes, line, style):
     if points := line.get("points"):
         hollow = style | {"linestyle": "", "markerfacecolor": "none"}
         axes.plot(*zip(*points, strict=True), **hollow, markersize=7, alpha=0.7)
+    if line.get("apart"):
+        style = style | {"linestyle": ""}
     if len(line["x"]) > 30:
         style = style | {"marker": ""}
     (drawn,) = axes.plot(line["x"], line["y"], **style, markersize=4, linewidth=1.5)

@@ -34,6 +34,10 @@ from util.errors import UserError, say  # noqa: E402
 RESULTS = ROOT / "recipes" / "results"
 OUTPUT = ROOT / "recipes" / "output"
 ATTEMPTS = "attempts.json"  # in a cell's output folder
+RECORD = {  # the entries of a done cell's JSON
+    *("table", "cell", "about", "seed", "commands", "started", "wall_s", "cpu_s", "parts"),
+    *("attempts_without_times", "commit", "hardware", "amp_auto", "versions", "outputs"),
+}
 
 
 @dataclass
@@ -105,7 +109,8 @@ def write_below(folder):
 
 def check_not_own(folder, name):
     """Refuse, with a UserError, the folder of the project's results as a table's that is new."""
-    if folder.resolve() == Path(__file__).resolve().parent:
+    recipes = Path(__file__).resolve().parent
+    if folder.resolve() == recipes or folder.resolve().is_relative_to(recipes / "results"):
         raise UserError(f"{name} {folder} holds the project's results: take another folder")
 
 
@@ -113,15 +118,18 @@ def record(path):
     """A done cell's JSON.
 
     Raises:
-        UserError: it is damaged.
+        UserError: it is damaged, or of a cell of another name.
     """
     try:
         found = json.loads(path.read_bytes())
-        if found.keys() >= {"table", "cell", "about", "seed", "commands", "commit", "outputs"}:
-            return found
+        is_whole = found.keys() >= RECORD
     except (ValueError, AttributeError):
-        pass
-    raise UserError(f"{shown(path)} is damaged: delete it and run its cell again")
+        is_whole = False
+    if not is_whole:
+        raise UserError(f"{shown(path)} is damaged: delete it and run its cell again")
+    if found["cell"] != path.stem:
+        raise UserError(f"{shown(path)} is the result of {found['cell']}: delete or rename it")
+    return found
 
 
 def flags(settings):

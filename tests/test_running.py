@@ -256,6 +256,15 @@ def test_a_damaged_result_is_named():
         run([Cell("a", [log("a")], {})])
 
 
+def test_a_result_of_another_name_is_refused():
+    """Or a copy would count as a seed."""
+    run([Cell("a", [log("a")], {})])
+    copy = running.RESULTS / "table" / "b.json"
+    shutil.copy(copy.with_name("a.json"), copy)
+    with pytest.raises(UserError, match=r"results/table/b\.json is the result of a: delete"):
+        running.record(copy)
+
+
 def test_a_name_that_no_cell_has_is_refused():
     with pytest.raises(UserError, match="table has no cell b"):
         run([Cell("a", [log("a")], {})], only=["b"])
