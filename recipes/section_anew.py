@@ -10,7 +10,7 @@ FOLDER = running.ROOT / "recipes" / "anew"
 TABLE = "fashion_mnist"
 INTRODUCTION = f"""## Run anew
 
-Fashion-MNIST's table, made again from nothing on another processor: a second clone and `make
+Fashion-MNIST's table, made again from nothing on other processors: a second clone and `make
 results-small`. The results are in `recipes/anew`, and `python recipes/compare.py recipes/anew`
 prints these rows. A mean is within the spread if it differs by at most
 {compare.STANDARD_DEVIATIONS} standard deviations of the project's seeds, or by at most

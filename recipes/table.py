@@ -48,8 +48,7 @@ is one run with one seed and has one JSON file: commands, times, commit, hardwar
   compute in one thread of a CPU, never on a GPU,
   and a second process loads images: a training may use 1.3 cores. Mean times count
   only runs on the hardware that ran most cells of the table's model. Accuracies are averaged over
-  processors: [Fashion-MNIST's](#run-anew) means differ by less than half a point between two,
-  where all seeds were run.
+  processors: [Fashion-MNIST's](#run-anew) means differ by less than half a point between them.
 - A missing cell says **not run**. If some seeds are missing, it says "2 of 3 seeds".
 - **What was decided on which data**: [trials](#trials) chose learning rates, layer decay, crop,
   augmentation, batch, decoder and target. They hold out a tenth of CIFAR-10's training images and
