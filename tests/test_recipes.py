@@ -143,6 +143,15 @@ def test_what_is_missing_or_wrong_is_one_line(record):
         assert line.startswith("error: ") and message in line
 
 
+def test_a_missing_python_is_one_line(record, tmp_path):
+    (tmp_path / "few").mkdir()
+    for program in ("bash", "dirname"):
+        (tmp_path / "few" / program).symlink_to(shutil.which(program))
+    done, _ = record(RECIPES / "imagenet" / "base.sh", PATH=tmp_path / "few")
+    expected = "error: there is no python here: . .venv/bin/activate\n"
+    assert (done.returncode, done.stderr) == (2, expected)
+
+
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.stem)
 def test_a_command_that_fails_is_a_recipes_last(record, script, tmp_path):
     (tmp_path / "programs" / "python").write_text("#!/bin/sh\nexit 3\n")

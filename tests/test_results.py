@@ -642,6 +642,18 @@ def test_what_is_out_of_date_is_said_without_matplotlib(all_tables, tmp_path, mo
     assert capsys.readouterr().err.endswith("needs matplotlib: pip install matplotlib\n")
 
 
+def test_an_interval_s_end_keeps_its_sign():
+    assert [section_transfer.bound(end) for end in (-5.69, -0.042, 0.16)] == [
+        "-5.7",
+        "-0.04",
+        "+0.2",
+    ]
+
+
+def panels_of(charts):
+    return [panel for chart in charts for row in chart["rows"] for panel in row if panel]
+
+
 def test_pictures_show_their_charts(all_tables, monkeypatch):
     """Each panel's lines and seeds, and the same bytes whenever they are drawn."""
     pytest.importorskip("matplotlib")
@@ -654,16 +666,24 @@ def test_pictures_show_their_charts(all_tables, monkeypatch):
         "cheap-recipe",
     ]
     for chart in charts:
-        panels = [panel for row in chart["rows"] for panel in row if panel]
+        panels = panels_of([chart])
         figure = plots.draw(chart)
         assert [axes.get_title() for axes in figure.axes] == [panel["title"] for panel in panels]
         for axes, panel in zip(figure.axes, panels, strict=True):
-            expected = []
+            low, high = axes.get_ylim()
+            assert panel["y"] != plots.ACCURACY or high - low >= panel.get("span", 5) - 1e-9
+            expected, joined = [], []
             for line in panel["lines"]:
-                expected += [line["points"]] if line.get("points") else []
+                if line.get("points"):
+                    expected.append(line["points"])
+                    joined.append(False)
                 expected.append(np.transpose([line["x"], line["y"]]))
+                joined.append("apart" not in line)
+            assert [line.get_linestyle() != "None" for line in axes.lines] == joined
             drawn = [line.get_xydata() for line in axes.lines]
             assert len(drawn) == len(expected)
             for one, other in zip(drawn, expected, strict=True):
                 np.testing.assert_array_equal(one, other)
+    assert any("apart" in line for panel in panels_of(charts) for line in panel["lines"])
+    assert any("span" in panel for panel in panels_of(charts))
     assert plots.svg(charts[0]) == plots.svg(charts[0])

@@ -188,8 +188,9 @@ def test_a_folder_for_a_table_that_is_not_one_is_refused(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match=r"--into .* can't be written"):
         running.write_below(tmp_path / "file")
-    with pytest.raises(UserError, match="holds the project's results"):
-        running.write_below(ROOT / "recipes")
+    for own in (ROOT / "recipes", ROOT / "recipes" / "results"):
+        with pytest.raises(UserError, match="holds the project's results"):
+            running.write_below(own)
 
 
 def test_an_error_in_a_cell_is_said_and_the_others_go_on(capsys, monkeypatch):
