@@ -45,10 +45,10 @@ is one run with one seed and has one JSON file: commands, times, commit, hardwar
 - **Time** is processor time: of all commands of a run, with loading and evaluation. Wall time says
   less, because other work shared the machine. Processor time, too, depends on what else runs:
   trainings of one table cost up to a quarter more per epoch than others of the same settings. Runs
-  compute in one thread of a CPU, never on a GPU,
-  and a second process loads images: a training may use 1.3 cores. Mean times count
-  only runs on the hardware that ran most cells of the table's model. Accuracies are averaged over
-  processors: [Fashion-MNIST's](#run-anew) means differ by less than half a point between them.
+  compute in one thread of a CPU, never on a GPU, and a second process loads images: a training may
+  use 1.3 cores. Mean times count only runs on the hardware that ran most cells of the table's
+  model. Accuracies are averaged over processors: [Fashion-MNIST's](#run-anew) means differ by less
+  than half a point between them.
 - A missing cell says **not run**. If some seeds are missing, it says "2 of 3 seeds".
 - **What was decided on which data**: [trials](#trials) chose learning rates, layer decay, crop,
   augmentation, batch, decoder and target. They hold out a tenth of CIFAR-10's training images and

@@ -642,6 +642,11 @@ def test_what_is_out_of_date_is_said_without_matplotlib(all_tables, tmp_path, mo
     assert capsys.readouterr().err.endswith("needs matplotlib: pip install matplotlib\n")
 
 
+def test_the_page_says_what_all_cells_cost(project):
+    project("efficient", [cell({}, cpu_s=5400), cell({}, cpu_s=2160)])
+    assert "the cells on this page took 2.1 core-hours" in table.spent()
+
+
 def test_an_interval_s_end_keeps_its_sign():
     assert [section_transfer.bound(end) for end in (-5.69, -0.042, 0.16)] == [
         "-5.7",
